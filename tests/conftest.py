@@ -1,0 +1,14 @@
+"""What several tests share: where the real data lies."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def real_data() -> Path:
+    """The folder of real data sets; tests that need it are skipped without it."""
+    if "PLAINSCOPE_REAL_DATA" not in os.environ:
+        pytest.skip("PLAINSCOPE_REAL_DATA is not set")
+    return Path(os.environ["PLAINSCOPE_REAL_DATA"]).resolve()
