@@ -11,9 +11,9 @@ def random_for(purpose: str, *numbers: int) -> np.random.Generator:
     return np.random.default_rng([*purpose.encode(), *numbers])
 
 
-def seed_dropout(seed: int, step: int, rank: int) -> None:
-    """Reseed torch's generators (dropout, drop path) for one optimizer step of one rank."""
-    torch.manual_seed(int(random_for("dropout", seed, step, rank).integers(2**63)))
+def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
+    """Reseed torch's generators (dropout, drop path) for one micro-batch, counted within its step over all ranks."""
+    torch.manual_seed(int(random_for("dropout", seed, step, micro_batch).integers(2**63)))
 
 
 def epoch_and_index(position: int, num_samples: int, seed: int) -> tuple[int, int]:

@@ -1,0 +1,58 @@
+"""Several processes under torchrun, or a group of one: the code above has a single path."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@contextmanager
+def process_group(deterministic: bool) -> Iterator[torch.device]:
+    """Join torchrun's group, or found a group of one; leave it at the end, also after an error.
+
+    deterministic: refuse operations whose bits change from run to run (CUDA convolutions stay exact, a little slower).
+    """
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS is not deterministic
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs a pass over every new tensor
+    torch.backends.cudnn.benchmark = not deterministic
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ else 0)
+    if "RANK" in os.environ:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    else:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    finally:
+        dist.destroy_process_group()
+
+
+def average_gradients(model: nn.Module) -> None:
+    """Average over ranks in one exchange of fixed layout; DDP would lay out its buckets anew after a restart."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    expected = sum(parameter.requires_grad for parameter in model.parameters())
+    assert len(gradients) == expected, f"Expected {expected} gradients, got {len(gradients)}: a parameter has no part"
+    if dist.get_world_size() == 1:
+        return
+    flat = nn.utils.parameters_to_vector(gradients) / dist.get_world_size()
+    dist.all_reduce(flat)
+    nn.utils.vector_to_parameters(flat, gradients)
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks, in place; the same on every rank."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def gather_objects(item: object) -> list[object]:
+    """Every rank's item, in rank order, on every rank (pickled between the group's own processes)."""
+    items: list[object] = [None] * dist.get_world_size()
+    dist.all_gather_object(items, item)
+    return items

@@ -1,0 +1,59 @@
+"""The fiddly parts of one optimizer step: precision, running statistics, the guarded and clipped update."""
+
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from common.parallel import average_gradients, sum_over_ranks
+
+
+class RunningStatistics:
+    """Batch-norm buffers updated once per optimizer step, as the mean over its micro-batches and ranks.
+
+    Left alone, a buffer moves once per micro-batch and differs from rank to rank; so the same global batch on other
+    hardware would give other buffers. Here every micro-batch starts from the buffers of the step's beginning.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        self.before: list[Tensor] = []
+        self.sums: list[Tensor] = []
+
+    def begin_step(self) -> None:
+        self.before = [buffer.clone() for buffer in self.buffers]
+        self.sums = [torch.zeros_like(buffer) for buffer in self.buffers]
+
+    def end_micro_batch(self) -> None:
+        for buffer, before, total in zip(self.buffers, self.before, self.sums, strict=True):
+            total += buffer
+            buffer.copy_(before)
+
+    def end_step(self, num_micro_batches: int) -> None:
+        """num_micro_batches: of the step, over all ranks."""
+        if not self.buffers:
+            return
+        flat = sum_over_ranks(torch.cat([total.flatten() for total in self.sums])) / num_micro_batches
+        for buffer, mean in zip(self.buffers, flat.split([b.numel() for b in self.buffers]), strict=True):
+            buffer.copy_(mean.view_as(buffer))
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The forward pass's precision: float32, bfloat16, or float16 (with a scaled loss)."""
+    return torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32")
+
+
+def guarded_update(model: nn.Module, optimizer: Optimizer, scaler: GradScaler, max_gradient_norm: float) -> Tensor:
+    """Average over ranks, unscale, clip, step; return the gradient norm before clipping.
+
+    Raises FloatingPointError on a non-finite norm, unless a loss scale above 1 excuses it (the step is then skipped).
+    """
+    average_gradients(model)
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_gradient_norm)
+    if not torch.isfinite(norm) and not (scaler.is_enabled() and scaler.get_scale() > 1):
+        raise FloatingPointError(f"the gradient norm is {norm.item()}")
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm

@@ -1,0 +1,172 @@
+"""Simulated cryo-electron tomograms of bacteria, the default data of motor_detection.
+
+Every tomogram is a function of (settings, index): analytic cells, flagellar motors and look-alikes in angstrom
+(motor_scene, motor_shapes), seen through an electron microscope with a missing wedge (motor_imaging).
+"""
+
+import dataclasses
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from PIL import Image
+from tqdm import tqdm
+
+from common.errors import config_error
+from common.streams import random_for
+from data.phantoms.motor_imaging import Exposure, take_tomogram, to_grey_levels
+from data.phantoms.motor_scene import Scene, draw_scene, plan_scene, uniform
+from data.phantoms.motor_settings import MotorPhantom
+
+__all__ = ["MotorPhantom", "SimulatedTomogram", "simulate_tomogram", "write_phantom"]
+
+GENERATOR_VERSION = 1  # raised whenever equal settings give other bits, so that stale folders are noticed
+TRAIN_FOLDS, VALIDATION_FOLD, TEST_FOLD = (2, 3, 4), 0, 1
+
+
+@dataclasses.dataclass(frozen=True)
+class SimulatedTomogram:
+    """One tomogram and its truth."""
+
+    tomo_id: str
+    volume: npt.NDArray[np.uint8]  # [z, y, x], dense = dark
+    spacing_angstrom: float
+    motors: npt.NDArray[np.float64]  # (n, 3): z, y, x in voxels
+    fold: int
+
+
+def simulate_tomogram(settings: MotorPhantom, index: int) -> SimulatedTomogram:
+    """Simulate tomogram `index` of the data set; equal arguments give equal bits."""
+    scene = plan_scene(settings, index)
+    density = draw_scene(settings, scene, random_for("motor clutter", settings.seed, index))
+    random = random_for("motor exposure", settings.seed, index)
+    exposure = Exposure(
+        spacing_angstrom=scene.spacing_angstrom,
+        defocus_micrometre=uniform(random, settings.defocus_micrometre),
+        b_factor_angstrom2=uniform(random, settings.b_factor_angstrom2),
+        dose_electrons_per_angstrom2=uniform(random, settings.dose_electrons_per_angstrom2),
+    )
+    signal, noise = take_tomogram(density, exposure, settings, random)
+    z, y, x = (slice(margin, margin + n) for margin, n in zip(scene.margins, scene.shape, strict=True))
+    volume = to_grey_levels((signal + noise)[z, y, x], settings, random)
+    return SimulatedTomogram(tomo_id(index), volume, scene.spacing_angstrom, scene.motors, fold_of(settings, index))
+
+
+def tomo_id(index: int) -> str:
+    """The name of a tomogram and its folder."""
+    return f"tomo_{index:06d}"
+
+
+def num_tomograms(settings: MotorPhantom) -> int:
+    """Tomograms of all folds together."""
+    return settings.train_tomograms + settings.validation_tomograms + settings.test_tomograms
+
+
+def fold_of(settings: MotorPhantom, index: int) -> int:
+    """Training tomograms come first, then validation, then test."""
+    if index < settings.train_tomograms:
+        return TRAIN_FOLDS[index % len(TRAIN_FOLDS)]
+    return VALIDATION_FOLD if index < settings.train_tomograms + settings.validation_tomograms else TEST_FOLD
+
+
+def write_phantom(settings: MotorPhantom, folder: Path, num_processes: int) -> Path:
+    """Write folder/train/tomo_*/slice_*.jpg and folder/labels.csv; returns the path of the labels.
+
+    A killed call is continued by the next; a complete folder is left as it is. The files do not depend on
+    `num_processes`. Raises UserError where the settings are impossible or the folder holds other tomograms.
+    """
+    problems = [f"phantom.{problem}" for problem in settings.problems()]
+    if problems:
+        raise config_error(*problems)
+    claim_folder(settings, folder)
+    images, labels = folder / "train", folder / "labels.csv"
+    missing = [i for i in range(num_tomograms(settings)) if not (images / tomo_id(i)).is_dir()]
+    if missing:
+        for _ in tqdm(
+            written(settings, images, missing, num_processes), "simulating tomograms", len(missing), disable=None
+        ):
+            pass
+    if missing or not labels.exists() or not (folder / "settings.json").exists():
+        write_atomically(labels, label_table(settings).to_csv(index=False))
+        write_atomically(folder / "settings.json", described(settings))
+        (folder / "unfinished.json").unlink(missing_ok=True)
+    return labels
+
+
+def claim_folder(settings: MotorPhantom, folder: Path) -> None:
+    """Note the settings in the folder before the first tomogram; refuse a folder made with others."""
+    (folder / "train").mkdir(parents=True, exist_ok=True)
+    for path in (folder / "settings.json", folder / "unfinished.json"):
+        if path.exists() and path.read_text() != described(settings):
+            raise config_error(
+                f"phantom: {folder} holds tomograms simulated with other settings (see {path.name});"
+                " delete the folder or name another"
+            )
+    if not (folder / "settings.json").exists():
+        write_atomically(folder / "unfinished.json", described(settings))
+
+
+def described(settings: MotorPhantom) -> str:
+    """The settings as JSON, with the generator's version."""
+    return json.dumps({"generator_version": GENERATOR_VERSION, **dataclasses.asdict(settings)}, indent=1) + "\n"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write beside and rename, so that a file is there completely or not at all."""
+    beside = path.with_name(f"{path.name}.writing")
+    with beside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def written(settings: MotorPhantom, images: Path, indices: list[int], num_processes: int) -> Iterator[None]:
+    """Write tomograms one after another or by several processes, yielding once for each."""
+    if num_processes == 1 or len(indices) == 1:
+        for index in indices:
+            write_tomogram(settings, images, index)
+            yield
+        return
+    repeat = itertools.repeat
+    with ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(write_tomogram, repeat(settings), repeat(images), indices)
+
+
+def write_tomogram(settings: MotorPhantom, images: Path, index: int) -> None:
+    """Write one tomogram's slices under a temporary name and rename the folder when it is complete."""
+    tomogram = simulate_tomogram(settings, index)
+    beside = images / f".{tomogram.tomo_id}.writing"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    for z, section in enumerate(tomogram.volume):
+        Image.fromarray(section).save(beside / f"slice_{z:04d}.jpg", quality=settings.jpeg_quality)
+    beside.replace(images / tomogram.tomo_id)
+
+
+def label_table(settings: MotorPhantom) -> pd.DataFrame:
+    """The truth in the columns of the relabelled BYU 2025 table: first motor in voxels, all as shares of the shape."""
+    return pd.DataFrame(label_row(plan_scene(settings, i), settings, i) for i in range(num_tomograms(settings)))
+
+
+def label_row(scene: Scene, settings: MotorPhantom, index: int) -> dict[str, str | int | float]:
+    """One tomogram's row; -1 stands for "no motor"."""
+    motors = scene.motors
+    first = motors[0].tolist() if len(motors) else [-1.0, -1.0, -1.0]
+    shares = [tuple(share) for share in (motors / np.array(scene.shape)).tolist()]
+    return {
+        "tomo_id": tomo_id(index),
+        **dict(zip(("z", "y", "x"), first, strict=True)),
+        **dict(zip(("z_shape", "y_shape", "x_shape"), scene.shape, strict=True)),
+        "voxel_spacing": scene.spacing_angstrom,
+        "coordinates": str(shares),
+        "fold": fold_of(settings, index),
+    }

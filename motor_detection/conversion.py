@@ -1,0 +1,177 @@
+"""Tomograms to training patches: producer processes load and cut, the main process renders heat maps and saves.
+
+A patch depends on its tomogram, the label and the seed alone, so any number of producers writes the same bytes. Every
+file is whole or absent and every finished tomogram is marked, so an interrupted conversion continues.
+"""
+
+import collections
+import dataclasses
+import json
+import multiprocessing
+import multiprocessing.queues
+import queue
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.checkpoint import write_text
+from common.config import as_yaml
+from common.errors import UserError, config_error, data_error
+from common.logbook import progress
+from motor_detection.config import Data
+from motor_detection.heatmap import render_heatmaps
+from motor_detection.labels import LabelledTomogram
+from motor_detection.patches import cut_patch, plan_patches, write_patch
+from motor_detection.places import ConvertSettings
+from motor_detection.tomograms import load_bytes, open_tomogram
+
+COMPLETE = "complete.json"
+QUEUED_PER_PRODUCER = 4  # patches loaded ahead; bounds the memory
+Message = tuple[str, str, Any]  # kind ("patch", "done", "failed", "end"), tomo_id, content
+
+
+@dataclasses.dataclass
+class Summary:
+    """What one conversion did; failed holds one line per problem."""
+
+    converted: int
+    kept: int
+    patches: collections.Counter[str]
+    failed: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    label: LabelledTomogram
+    path: Path
+    settings: ConvertSettings
+
+
+def convert_all(
+    labelled: list[LabelledTomogram], paths: dict[str, Path], data: Data, settings: ConvertSettings, producers: int
+) -> Summary:
+    """Convert every tomogram that is not complete yet; a bad one is recorded and the rest goes on."""
+    claim_folder(data.patches, settings)
+    open_jobs = [
+        Job(label, paths[label.tomo_id], settings)
+        for label in labelled
+        if not (data.patches / label.tomo_id / COMPLETE).exists()
+    ]
+    summary = Summary(0, len(labelled) - len(open_jobs), collections.Counter(), [])
+    if not open_jobs:
+        return summary
+    context = multiprocessing.get_context("spawn")
+    producers = min(producers, len(open_jobs))
+    messages: multiprocessing.queues.Queue[Message] = context.Queue(QUEUED_PER_PRODUCER * producers)
+    processes = [
+        context.Process(target=produce, args=(open_jobs[k::producers], messages), daemon=True) for k in range(producers)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        consume(messages, processes, data.patches, settings, summary, len(open_jobs))
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
+    return summary
+
+
+def claim_folder(folder: Path, settings: ConvertSettings) -> None:
+    """Record the settings of a folder of patches, or refuse a folder of other settings."""
+    recorded, text = folder / "settings.yaml", as_yaml(settings)
+    if recorded.exists() and recorded.read_text() != text:
+        raise config_error(
+            f"data.patches: {folder} was converted with other constants (see {recorded}); "
+            "choose another folder, or empty it with --fresh"
+        )
+    if not recorded.exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise config_error(f"data.patches: {folder} holds other files; give an empty or new folder")
+        write_text(recorded, text)
+
+
+def clear_folder(folder: Path) -> None:
+    """Delete a folder of patches, and nothing that is not one."""
+    if not folder.exists():
+        return
+    if not (folder / "settings.yaml").exists():
+        raise config_error(f"--fresh: {folder} is no folder of patches (no settings.yaml in it); nothing was deleted")
+    shutil.rmtree(folder)
+
+
+def produce(jobs: list[Job], messages: "multiprocessing.queues.Queue[Message]") -> None:
+    """Load tomograms one after the other and send their patches; runs in a process of its own."""
+    torch.set_num_threads(1)
+    for job in jobs:
+        try:
+            tomogram = open_tomogram(job.path, job.label, job.settings.voxel_spacing_angstrom)
+            plans = plan_patches(job.label, tomogram.volume.shape, job.settings.convert)
+            if plans:
+                voxels = load_bytes(tomogram)
+                for number, plan in enumerate(plans):
+                    arrays = cut_patch(voxels, plan, job.label, job.settings.convert.patch_size)
+                    messages.put(("patch", job.label.tomo_id, (number, arrays)))
+            messages.put(("done", job.label.tomo_id, len(plans)))
+        except UserError as error:
+            messages.put(("failed", job.label.tomo_id, error.problems))
+    messages.put(("end", "", None))
+
+
+def consume(
+    messages: "multiprocessing.queues.Queue[Message]",
+    processes: list[Any],
+    folder: Path,
+    settings: ConvertSettings,
+    summary: Summary,
+    num_jobs: int,
+) -> None:
+    """Save patches as they come until every producer has ended."""
+    written: dict[str, list[str]] = {}
+    ended = 0
+    with progress(range(num_jobs), "converting", num_jobs, True) as bar:
+        while ended < len(processes):
+            kind, tomo_id, content = next_message(messages, processes)
+            if kind == "patch":
+                number, arrays = content
+                arrays["heatmap"] = heatmap_of(arrays, settings)
+                name = f"{number:04d}_{arrays['patch_type']}.npz"
+                write_patch(folder / tomo_id / name, arrays)
+                written.setdefault(tomo_id, []).append(name)
+                summary.patches[str(arrays["patch_type"])] += 1
+            elif kind == "done":
+                names = sorted(written.pop(tomo_id, []))
+                write_text(folder / tomo_id / COMPLETE, json.dumps({"patches": names}) + "\n")
+                summary.converted += 1
+                bar.update()
+            elif kind == "failed":
+                summary.failed += content
+                for problem in content:
+                    print(f"error: {problem}", file=sys.stderr)
+                bar.update()
+            else:
+                ended += 1
+
+
+def next_message(messages: "multiprocessing.queues.Queue[Message]", processes: list[Any]) -> Message:
+    """The next message, or a data error when a producer was killed (as the system does when memory runs out)."""
+    while True:
+        try:
+            return messages.get(timeout=1.0)
+        except queue.Empty:
+            dead = [process for process in processes if process.exitcode not in (0, None)]
+            if dead:
+                raise data_error(
+                    f"convert: a loading process died with exit code {dead[0].exitcode} (out of memory?); what was "
+                    "finished is kept; the same command with fewer convert.producers continues"
+                ) from None
+
+
+def heatmap_of(arrays: dict[str, Any], settings: ConvertSettings) -> Any:
+    """The heat map (z, y, x cells) float32 of one patch, from its float coordinates."""
+    sigma = settings.heatmap.sigma_angstrom / torch.from_numpy(arrays["spacing_angstrom"])
+    size = settings.convert.patch_size
+    return render_heatmaps(torch.from_numpy(arrays["motors"])[None], sigma[None], size, settings.stride)[0, 0].numpy()

@@ -1,0 +1,77 @@
+"""Where a config's tomograms, labels, patches and runs lie; the phantom is generated on first use."""
+
+import dataclasses
+import hashlib
+import shutil
+from pathlib import Path
+
+from common.config import as_yaml, fingerprint
+from common.errors import config_error
+from data.phantoms.motor import write_phantom
+from motor_detection.config import Config, Convert, Data, Heatmap
+from motor_detection.labels import LabelledTomogram, match_tomograms, read_labels
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertSettings:
+    """All that a folder of patches depends on."""
+
+    convert: Convert
+    heatmap: Heatmap
+    stride: int
+    voxel_spacing_angstrom: float
+
+
+def resolve_data(config: Config) -> Data:
+    """The data section with real paths: files must exist as given; the phantom is generated beside data.root."""
+    if config.data.source == "files":
+        return config.data
+    folder = config.data.root.with_name(f"{config.data.root.name}-{fingerprint(config.phantom)}")
+    labels = write_phantom(config.phantom, folder, config.convert.producers)
+    patches = folder / f"patches-{fingerprint(convert_settings(config))}"
+    return dataclasses.replace(config.data, root=folder / "train", labels=labels, patches=patches)
+
+
+def convert_settings(config: Config) -> ConvertSettings:
+    # the number of producers changes nothing that is written
+    same = dataclasses.replace(config.convert, producers=1)
+    return ConvertSettings(same, config.heatmap, config.model.stride, config.data.voxel_spacing_angstrom)
+
+
+def read_tomograms(data: Data) -> tuple[list[LabelledTomogram], dict[str, Path]]:
+    """Labelled tomograms that are not excluded, and each one's path; contradictions of the table are printed."""
+    labelled, warnings = read_labels(data.labels)
+    used = [tomogram for tomogram in labelled if tomogram.fold >= 0]
+    paths, more = match_tomograms(used, data.root)
+    for warning in [*warnings, *more]:
+        print(f"warning: {warning}")
+    return used, paths
+
+
+def tomograms_of_fold(tomograms: list[LabelledTomogram], fold: int, name: str) -> list[LabelledTomogram]:
+    """The tomograms of one fold; an empty one is an error that lists the folds there are."""
+    chosen = [tomogram for tomogram in tomograms if tomogram.fold == fold]
+    if not chosen:
+        folds = sorted({tomogram.fold for tomogram in tomograms})
+        raise config_error(f"{name}: no tomogram of the label table is in fold {fold}; its folds are {folds}")
+    return chosen
+
+
+def training_identity(config: Config) -> str:
+    """YAML of the sections that shape the weights: what a run's folder and its checkpoints must agree on."""
+    sections = {
+        name: getattr(config, name)
+        for name in ("data", "phantom", "convert", "heatmap", "model", "loss", "augment", "train")
+    }
+    return "".join(f"{name}:\n{as_yaml(section)}" for name, section in sections.items())
+
+
+def run_folder(config: Config, preset: str, fresh: bool) -> Path:
+    """runs/motor_detection/PRESET-<hash>, or run.name; fresh empties it first."""
+    digest = hashlib.sha256(training_identity(config).encode()).hexdigest()[:8]
+    folder = config.run.root / (config.run.name if config.run.name is not None else f"{preset}-{digest}")
+    if fresh and folder.exists():
+        if not (folder / "config.yaml").exists():
+            raise config_error(f"--fresh: {folder} is not a run's folder (no config.yaml in it); nothing was deleted")
+        shutil.rmtree(folder)
+    return folder
