@@ -27,11 +27,15 @@ def script_parser(description: str, presets: dict[str, ConfigType]) -> argparse.
 def parse_config(
     parser: argparse.ArgumentParser, presets: dict[str, ConfigType], arguments: list[str]
 ) -> tuple[ConfigType, argparse.Namespace]:
-    """The final config and the script's own flags; prints the config and exits where --print-config asks for it."""
+    """The final config and the script's own flags; prints the config and exits where --print-config asks for it.
+
+    A script that has --run FOLDER begins with that run's config.yaml.
+    """
     chosen = parser.parse_intermixed_args(arguments)
     if chosen.preset not in presets:
         raise config_error(f"--preset {chosen.preset}: expected one of {', '.join(presets)}")
-    config = configure(presets[chosen.preset], chosen.config, chosen.changes)
+    base = [chosen.run / "config.yaml"] if "run" in chosen and chosen.run is not None else []
+    config = configure(presets[chosen.preset], [*base, *chosen.config], chosen.changes)
     if chosen.print_config:
         print(as_yaml(config), end="")
         sys.exit(0)

@@ -70,6 +70,12 @@ def write_metrics(path: Path, records: list[dict[str, float]]) -> None:
     write_text(path, text.getvalue())
 
 
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The records of a metrics.csv; empty cells are left out."""
+    with path.open(newline="") as file:
+        return [{name: float(cell) for name, cell in row.items() if cell} for row in csv.DictReader(file)]
+
+
 def progress(items: Iterable[Item], description: str, total: int, shown: bool) -> "tqdm.tqdm[Item]":
     """A progress bar on a terminal, silence elsewhere (and on all ranks but the first: shown)."""
     return tqdm.tqdm(items, description, total, disable=not (shown and sys.stderr.isatty()), leave=False)

@@ -251,6 +251,7 @@ PHANTOM = dataclasses.replace(
         ema_decay=0.98,
         validate_every=50,
         checkpoint_every=50,
+        precision="float32",
         workers=0,
     ),
 )

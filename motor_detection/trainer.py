@@ -24,7 +24,7 @@ from common.checkpoint import load_checkpoint, load_weights, save_checkpoint, up
 from common.config import as_yaml
 from common.errors import config_error, data_error
 from common.logbook import Scalars, open_run, progress, write_metrics
-from common.metrics.detection import TomogramPicks, best_threshold, byu_curve, precision_recall_curve
+from common.metrics.detection import ScoredTomogram, best_threshold, byu_curve, precision_recall_curve
 from common.metrics.heatmaps import comprehensive_heatmap_metric, soft_dice_score, topk_accuracy
 from common.parallel import gather_objects, process_group, sum_over_ranks
 from common.schedule import warmup_then_cosine
@@ -183,7 +183,7 @@ def validate(model: nn.Module, patches: Patches, config: Config, device: torch.d
         num_workers=config.train.workers,
         collate_fn=stack,
     )
-    rows: list[tuple[int, list[float], TomogramPicks]] = []
+    rows: list[tuple[int, list[float], ScoredTomogram]] = []
     for host_batch in loader:
         batch = to_device(host_batch, device)
         images, heat = plain_batch(batch, config.heatmap.sigma_angstrom, config.model.stride)
@@ -202,7 +202,7 @@ def validate(model: nn.Module, patches: Patches, config: Config, device: torch.d
 
 def score_patches(
     batch: Sample, logits: Tensor, heat: Tensor, config: Config
-) -> list[tuple[int, list[float], TomogramPicks]]:
+) -> list[tuple[int, list[float], ScoredTomogram]]:
     """Number, figures and picks of every patch of a validation batch."""
     probabilities = logits.sigmoid()
     figures = torch.stack(
@@ -224,7 +224,7 @@ def score_patches(
         )  # fmt: skip
         motors = batch.motors[number].double().numpy()
         inside = ((motors >= -0.5) & (motors <= size - 0.5)).all(1)  # NaN is never inside
-        rows.append((index, figures[number], TomogramPicks(peaks.points, peaks.scores, motors[inside], spacing)))
+        rows.append((index, figures[number], ScoredTomogram(peaks.points, peaks.scores, motors[inside], spacing)))
     return rows
 
 
@@ -252,6 +252,11 @@ def train(config: Config, folder: Path, patches: Patches, arguments: list[str]) 
         if settings.batch_size % (settings.micro_batch_size * dist.get_world_size()):
             share = f"{dist.get_world_size()} processes x train.micro_batch_size={settings.micro_batch_size}"
             raise config_error(f"train.batch_size: {settings.batch_size} does not divide into {share}")
+        if device.type == "cpu" and settings.precision != "float32":
+            # torch 2.13's bfloat16 weight gradients of 3D convolutions read foreign memory where a map is 3 cells wide
+            raise config_error(
+                f"train.precision: {settings.precision} trains on GPUs only; on this CPU expected float32"
+            )
         first = dist.get_rank() == 0
         if first:
             open_run(folder, config, training_identity(config), arguments)

@@ -18,7 +18,7 @@ BoolArray = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, eq=False)
-class TomogramPicks:
+class ScoredTomogram:
     """One tomogram's scored picks beside its true points; a UserError if a number is not finite or a spacing is 0."""
 
     points: FloatArray  # (n, 3) z, y, x in voxels, voxel centres at integers
@@ -111,7 +111,7 @@ def match_points(
     return Matches(picks[chosen], targets[chosen], distances[chosen])
 
 
-def detection_counts(tomograms: list[TomogramPicks], threshold: float, tolerance_angstrom: float) -> IntArray:
+def detection_counts(tomograms: list[ScoredTomogram], threshold: float, tolerance_angstrom: float) -> IntArray:
     """TP, FP, FN of each tomogram for picks with score >= threshold, matched one to one; shape (num_tomograms, 3)."""
     counts = np.zeros((len(tomograms), 3), dtype=np.int64)
     for row, tomogram in zip(counts, tomograms, strict=True):
@@ -122,7 +122,7 @@ def detection_counts(tomograms: list[TomogramPicks], threshold: float, tolerance
 
 
 def localisation_error(
-    tomograms: list[TomogramPicks], threshold: float, tolerance_angstrom: float
+    tomograms: list[ScoredTomogram], threshold: float, tolerance_angstrom: float
 ) -> LocalisationError:
     """Distance between matched picks (score >= threshold) and truths over all tomograms, in angstrom."""
     distances = [np.empty(0)]
@@ -137,7 +137,7 @@ def localisation_error(
     return LocalisationError(len(merged), float(median), float(merged.mean()), float(percentile_90))
 
 
-def precision_recall_curve(tomograms: list[TomogramPicks], tolerance_angstrom: float, beta: float) -> DetectionCurve:
+def precision_recall_curve(tomograms: list[ScoredTomogram], tolerance_angstrom: float, beta: float) -> DetectionCurve:
     """The exact one-to-one detection counts at every distinct score; a UserError if no tomogram has a true point.
 
     Picks enter from the highest score down. A pick adds one match exactly if an augmenting path starts at it (Berge
@@ -154,7 +154,7 @@ def precision_recall_curve(tomograms: list[TomogramPicks], tolerance_angstrom: f
     return _curve(scores, hit, ~hit, sum(len(tomogram.truths) for tomogram in tomograms), beta)
 
 
-def byu_curve(tomograms: list[TomogramPicks], tolerance_angstrom: float, beta: float) -> DetectionCurve:
+def byu_curve(tomograms: list[ScoredTomogram], tolerance_angstrom: float, beta: float) -> DetectionCurve:
     """The BYU 2025 counts over tomograms when each answers its best pick, at every distinct best score.
 
     Equals byu_counts of byu_predictions at each threshold; a UserError if no tomogram has a true point.
@@ -169,7 +169,7 @@ def byu_curve(tomograms: list[TomogramPicks], tolerance_angstrom: float, beta: f
     return _curve(scores, counts[:, 0] == 1, counts[:, 1] == 1, num_positive, beta)
 
 
-def byu_predictions(tomograms: list[TomogramPicks], threshold: float) -> list[FloatArray | None]:
+def byu_predictions(tomograms: list[ScoredTomogram], threshold: float) -> list[FloatArray | None]:
     """Each tomogram's best pick (3,), or None if its score is below the threshold; the first of equal scores."""
     return [
         tomogram.points[np.argmax(tomogram.scores)]

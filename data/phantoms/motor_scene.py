@@ -1,6 +1,7 @@
 """What lies in the ice of one tomogram: cells, motors, and the clutter that looks like motors."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import scipy.fft
@@ -25,6 +26,7 @@ from data.phantoms.motor_shapes import (
     smooth_step,
 )
 
+CELLS_TRIED = 20  # cells drawn before a tomogram is content with one motor fewer
 GUARD = 6  # voxels simulated beyond every face, so that the Fourier transform's seam lies outside the tomogram
 CLICK_HEIGHT = -60.0  # angstrom from the inner membrane: where an annotator clicks, between MS-ring and C-ring
 
@@ -64,11 +66,12 @@ def plan_scene(settings: MotorPhantom, index: int) -> Scene:
     count = number_of_motors(settings, index, random)
     if count == 0 and random.random() < settings.no_cell_share:
         return empty
-    while True:  # a cell may offer no room for so many motors; another draw does
+    for attempt in itertools.count():  # a cell may offer no room for so many motors: try others, then fewer motors
         scene = dataclasses.replace(empty, cells=draw_cells(settings, empty, random))
         scene = place_motors(settings, scene, count, random)
-        if len(scene.anchors) == count:
+        if len(scene.anchors) >= max(count - attempt // CELLS_TRIED, min(count, 1)):
             return scene
+    raise AssertionError("unreachable")
 
 
 def varied_shape(settings: MotorPhantom, random: np.random.Generator) -> tuple[int, int, int]:
@@ -204,17 +207,16 @@ def draw_motor(
     Dimensions after Salmonella and their spread over species: Chen et al., EMBO J. 30 (2011) 2972.
     """
     s, d, outer = uniform(random, settings.motor_scale), uniform(random, settings.motor_density), cell.periplasm
-    stators = random.random() < 0.7
     rings = [
-        Ring(170 * s, 235 * s, -210, -60, 1.2 * d),  # C-ring
-        Ring(0, 130 * s, -60, 35, 1.2 * d),  # MS-ring
-        Ring(0, 85, -240, -170, 1.0 * d),  # export gate
-        Ring(0, 60, 30, outer + 60, 1.3 * d),  # rod
-        Ring(55, 135 * s, 0.55 * outer, 0.55 * outer + 55, 1.1 * d),  # P-ring
-        Ring(55, 120 * s, outer - 25, outer + 35, 1.2 * d),  # L-ring
+        Ring(165 * s, 240 * s, -220, -60, 1.5 * d),  # C-ring
+        Ring(0, 140 * s, -60, 40, 1.4 * d),  # MS-ring
+        Ring(0, 90, -250, -170, 1.2 * d),  # export gate
+        Ring(0, 65, 30, outer + 60, 1.5 * d),  # rod
+        Ring(55, 145 * s, 0.55 * outer, 0.55 * outer + 60, 1.3 * d),  # P-ring
+        Ring(55, 130 * s, outer - 25, outer + 40, 1.4 * d),  # L-ring
     ]
-    if stators:
-        rings.append(Ring(185 * s, 255 * s, -30, 75, 0.9 * d))
+    if random.random() < settings.stator_share:
+        rings.append(Ring(190 * s, 265 * s, -35, 80, 1.1 * d))
     draw_rings(grid, anchor, normal, rings)
     if random.random() < settings.hookless_share:
         return

@@ -25,6 +25,7 @@ class MotorPhantom:
     second_cell_share: float = 0.3
     no_cell_share: float = 0.1  # of motor-free tomograms: ice and contamination only
     hookless_share: float = 0.3  # motors seen without hook and filament: under assembly, or sheared off
+    stator_share: float = 0.8  # motors whose ring of stators is engaged
     cell_radius_angstrom: Range = (2200.0, 4500.0)  # thin rods, the cells that electrons pass
     periplasm_angstrom: Range = (250.0, 310.0)  # inner to outer membrane
     undulation_angstrom: Range = (15.0, 60.0)  # amplitude of the envelope's waves
@@ -36,7 +37,7 @@ class MotorPhantom:
 
     # What looks like a motor to a simple filter
     ribosomes_per_cubic_micrometre: float = 12000.0  # about half of a growing cell's, for the thin cells
-    envelope_decoys: tuple[int, int] = (2, 5)  # per cell: discs and plugs at the membrane, without rod and rings
+    envelope_decoys: tuple[int, int] = (1, 4)  # per cell: discs and plugs at the membrane, without rod and rings
     array_share: float = 0.5  # of cells: a chemoreceptor array under the inner membrane
     vesicles: tuple[int, int] = (1, 4)
     granules: tuple[int, int] = (1, 4)  # polyphosphate storage granules
@@ -54,7 +55,7 @@ class MotorPhantom:
     amplitude_contrast: float = 0.07
     b_factor_angstrom2: Range = (2000.0, 5000.0)  # radiation damage, misalignment of tilts and interpolation
     dose_electrons_per_angstrom2: Range = (60.0, 140.0)  # over the whole tilt series
-    quantum_efficiency: float = 0.3  # share of electrons that inform: detector, inelastic loss in 0.3 micrometre ice
+    quantum_efficiency: float = 0.5  # share of electrons that inform: detector, inelastic loss in 0.3 micrometre ice
     protein_potential_volt: float = 2.5  # mean inner potential of protein above vitreous ice
     detector_noise: float = 0.2  # white noise after reconstruction, as a share of the shot noise
     intensity_ramp: float = 0.5  # ice thickness: grey-level slope across the field, in image standard deviations

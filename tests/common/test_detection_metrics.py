@@ -11,7 +11,7 @@ from common.errors import UserError
 from common.metrics.detection import (
     DetectionCurve,
     FloatArray,
-    TomogramPicks,
+    ScoredTomogram,
     average_precision,
     best_threshold,
     byu_counts,
@@ -36,11 +36,11 @@ def on_a_line(*positions: float) -> FloatArray:
     return np.array([[z, 0, 0] for z in positions], dtype=np.float64).reshape(-1, 3)
 
 
-def random_tomograms(seed: int, count: int, max_picks: int, max_truths: int) -> list[TomogramPicks]:
+def random_tomograms(seed: int, count: int, max_picks: int, max_truths: int) -> list[ScoredTomogram]:
     """Crowded boxes of 6 voxels in which many pairs compete, with tied scores."""
     draw = np.random.default_rng(seed)
     return [
-        TomogramPicks(
+        ScoredTomogram(
             draw.uniform(0, 6, (n, 3)),
             np.round(draw.uniform(0, 1, n), 1),
             draw.uniform(0, 6, (m, 3)),
@@ -95,9 +95,9 @@ def test_gating_never_costs_a_match() -> None:
 
 def test_tolerance_follows_the_spacing_of_each_tomogram_and_axis() -> None:
     """1000 angstrom are 153 voxels at 6.5 angstrom and 50 at 19.7, whatever the working resolution."""
-    fine = TomogramPicks(on_a_line(150), np.ones(1), on_a_line(0), np.full(3, 6.5))
-    coarse = TomogramPicks(on_a_line(60), np.ones(1), on_a_line(0), np.full(3, 19.7))
-    thick_slices = TomogramPicks(on_a_line(60), np.ones(1), on_a_line(0), np.array([19.7, 6.5, 6.5]))
+    fine = ScoredTomogram(on_a_line(150), np.ones(1), on_a_line(0), np.full(3, 6.5))
+    coarse = ScoredTomogram(on_a_line(60), np.ones(1), on_a_line(0), np.full(3, 19.7))
+    thick_slices = ScoredTomogram(on_a_line(60), np.ones(1), on_a_line(0), np.array([19.7, 6.5, 6.5]))
     counts = detection_counts([fine, coarse, thick_slices], 0.5, 1000)
     assert counts.tolist() == [[1, 0, 0], [0, 1, 1], [0, 1, 1]]
     assert byu_f_beta([on_a_line(150)[0]], [on_a_line(0)], np.full((1, 3), 6.5), 1000, 2) == 1
@@ -153,7 +153,7 @@ def test_zero_is_a_place_and_minus_one_is_not() -> None:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_curve_equals_the_matching_at_every_threshold(seed: int) -> None:
-    tomograms = [*random_tomograms(seed, 3, 25, 12), TomogramPicks(NOTHING, np.empty(0), on_a_line(1), UNIT)]
+    tomograms = [*random_tomograms(seed, 3, 25, 12), ScoredTomogram(NOTHING, np.empty(0), on_a_line(1), UNIT)]
     curve = precision_recall_curve(tomograms, 25, 2)
     assert curve.thresholds.tolist() == sorted({s for t in tomograms for s in t.scores.tolist()}, reverse=True)
     for i, threshold in enumerate(curve.thresholds):
@@ -165,7 +165,7 @@ def test_curve_equals_the_matching_at_every_threshold(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_byu_curve_equals_the_metric_at_every_threshold(seed: int) -> None:
-    tomograms = [*random_tomograms(seed, 12, 3, 2), TomogramPicks(NOTHING, np.empty(0), on_a_line(1), UNIT)]
+    tomograms = [*random_tomograms(seed, 12, 3, 2), ScoredTomogram(NOTHING, np.empty(0), on_a_line(1), UNIT)]
     curve = byu_curve(tomograms, 30, 2)
     truths, spacing = [t.truths for t in tomograms], np.array([t.spacing_angstrom for t in tomograms])
     for i, threshold in enumerate(curve.thresholds):
@@ -179,13 +179,13 @@ def test_average_precision_equals_scikit_learn_where_each_truth_has_one_pick() -
     truths = on_a_line(*range(0, 4000, 10))
     picks = np.concatenate([truths, truths + [0, 500, 0]])
     scores = np.round(np.concatenate([draw.normal(1, 1, 400), draw.normal(0, 1, 400)]), 2)
-    curve = precision_recall_curve([TomogramPicks(picks, scores, truths, UNIT)], 3, 1)
+    curve = precision_recall_curve([ScoredTomogram(picks, scores, truths, UNIT)], 3, 1)
     expected = average_precision_score(np.arange(800) < 400, scores)
     assert average_precision(curve) == pytest.approx(expected, abs=1e-12)
 
 
 def test_duplicate_picks_are_false_positives() -> None:
-    tomogram = TomogramPicks(on_a_line(0, 0.1, 0.2), np.array([0.9, 0.8, 0.7]), on_a_line(0), UNIT)
+    tomogram = ScoredTomogram(on_a_line(0, 0.1, 0.2), np.array([0.9, 0.8, 0.7]), on_a_line(0), UNIT)
     assert detection_counts([tomogram], 0, 5).tolist() == [[1, 2, 0]]
     assert precision_recall_curve([tomogram], 5, 1).fp.tolist() == [0, 1, 2]
 
@@ -198,7 +198,7 @@ def test_the_order_of_picks_truths_and_tomograms_does_not_matter() -> None:
         order = draw.permutation(len(tomogram.scores))
         truths = draw.permutation(tomogram.truths)
         picks, scores = tomogram.points[order], tomogram.scores[order]
-        shuffled.append(TomogramPicks(picks, scores, truths, tomogram.spacing_angstrom))
+        shuffled.append(ScoredTomogram(picks, scores, truths, tomogram.spacing_angstrom))
     one, other = (precision_recall_curve(group, 25, 2) for group in (tomograms, shuffled))
     assert one.tp.tolist() == other.tp.tolist() and one.f_beta.tolist() == other.f_beta.tolist()
     assert localisation_error(tomograms, 0.3, 25).mean_angstrom == pytest.approx(
@@ -210,12 +210,12 @@ def test_a_long_chain_of_hand_overs_is_followed() -> None:
     """The last pick fits only by moving 3000 matched picks along, deeper than a recursion could go."""
     picks, truths = on_a_line(*range(1, 3002), 0), on_a_line(*np.arange(0.5, 3002))
     scores = np.append(np.linspace(1, 0.5, 3001), 0.1)
-    curve = precision_recall_curve([TomogramPicks(picks, scores, truths, UNIT)], 0.5, 1)
+    curve = precision_recall_curve([ScoredTomogram(picks, scores, truths, UNIT)], 0.5, 1)
     assert curve.tp[-1] == 3002 and curve.fp[-1] == 0
 
 
 def test_localisation_error_in_angstrom() -> None:
-    tomogram = TomogramPicks(on_a_line(0, 101, 202, 350), np.ones(4), on_a_line(0, 100, 200), np.array([10.0, 1, 1]))
+    tomogram = ScoredTomogram(on_a_line(0, 101, 202, 350), np.ones(4), on_a_line(0, 100, 200), np.array([10.0, 1, 1]))
     error = localisation_error([tomogram], 0.5, 100)
     assert (error.num_matches, error.median_angstrom, error.mean_angstrom) == (3, 10, 10)
     assert error.percentile_90_angstrom == pytest.approx(18)
@@ -258,15 +258,15 @@ def test_best_threshold_beats_a_fine_grid_and_delivers_its_value(seed: int) -> N
 
 def test_bad_input_is_named() -> None:
     with pytest.raises(UserError, match="no true point"):
-        precision_recall_curve([TomogramPicks(on_a_line(0), np.ones(1), NOTHING, UNIT)], 5, 2)
+        precision_recall_curve([ScoredTomogram(on_a_line(0), np.ones(1), NOTHING, UNIT)], 5, 2)
     with pytest.raises(UserError, match="scores: 1 of 2"):
-        TomogramPicks(on_a_line(0, 1), np.array([np.nan, 1]), NOTHING, UNIT)
+        ScoredTomogram(on_a_line(0, 1), np.array([np.nan, 1]), NOTHING, UNIT)
     with pytest.raises(UserError, match="voxel spacing"):
-        TomogramPicks(NOTHING, np.empty(0), NOTHING, np.zeros(3))
+        ScoredTomogram(NOTHING, np.empty(0), NOTHING, np.zeros(3))
 
 
 def test_no_picks_at_all_gives_an_empty_curve() -> None:
-    tomogram = TomogramPicks(NOTHING, np.empty(0), on_a_line(1, 2), UNIT)
+    tomogram = ScoredTomogram(NOTHING, np.empty(0), on_a_line(1, 2), UNIT)
     for curve in (precision_recall_curve([tomogram], 5, 2), byu_curve([tomogram], 5, 2)):
         assert len(curve.thresholds) == 0 and average_precision(curve) == 0
     assert detection_counts([tomogram], 0, 5).tolist() == [[0, 0, 2]]
@@ -274,7 +274,7 @@ def test_no_picks_at_all_gives_an_empty_curve() -> None:
 
 def test_the_curve_of_a_crowd_of_thousands_is_exact() -> None:
     draw = np.random.default_rng(2)
-    crowd = TomogramPicks(draw.uniform(0, 100, (6000, 3)), draw.random(6000), draw.uniform(0, 100, (1500, 3)), UNIT)
+    crowd = ScoredTomogram(draw.uniform(0, 100, (6000, 3)), draw.random(6000), draw.uniform(0, 100, (1500, 3)), UNIT)
     curve = precision_recall_curve([crowd], 5, 2)
     assert len(curve.thresholds) == 6000 and (np.diff(curve.tp) >= 0).all()
     for i in (500, 5999):

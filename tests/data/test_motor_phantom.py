@@ -24,7 +24,7 @@ EXPOSURE = Exposure(
 
 def table_points(row: pd.Series) -> np.ndarray:
     shape = row[["z_shape", "y_shape", "x_shape"]].to_numpy(float)
-    return np.array(ast.literal_eval(row["coordinates"])).reshape(-1, 3) * shape
+    return np.asarray(np.array(ast.literal_eval(row["coordinates"])).reshape(-1, 3) * shape)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -40,7 +40,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_labels_lie_inside_and_equal_the_simulation(written: Path) -> None:
     table = pd.read_csv(written / "labels.csv")
-    assert list(table.columns) == ["tomo_id", "z", "y", "x", "z_shape", "y_shape", "x_shape", "voxel_spacing", "coordinates", "fold"]
+    positions = ["z", "y", "x", "z_shape", "y_shape", "x_shape"]
+    assert list(table.columns) == ["tomo_id", *positions, "voxel_spacing", "coordinates", "fold"]
     assert table["fold"].tolist() == [2, 3, 4, 0, 1]
     for index, row in table.iterrows():
         tomogram = simulate_tomogram(SMALL, int(str(index)))
@@ -138,7 +139,8 @@ def test_motors_sit_on_the_membrane_and_point_outwards() -> None:
 
 def test_the_rings_are_where_the_label_says() -> None:
     """Dense at the C-ring's radius about the motor's axis, less dense beside it; in the picture dense is dark."""
-    ring, beside = [], []
+    ring: list[float] = []
+    beside: list[float] = []
     for index in range(16):
         scene = plan_scene(SMALL, index)
         if not len(scene.motors):

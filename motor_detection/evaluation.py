@@ -1,0 +1,193 @@
+"""Figures that can be believed: threshold from validation, one look at the test tomograms, baseline and chance beside."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from common.logbook import progress
+from common.metrics.detection import (
+    DetectionCurve,
+    ScoredTomogram,
+    best_threshold,
+    byu_counts,
+    byu_curve,
+    byu_predictions,
+    detection_counts,
+    f_beta_of_counts,
+    localisation_error,
+    precision_recall_curve,
+)
+from common.metrics.intervals import Interval, f_beta_interval, paired_bootstrap_difference
+from motor_detection.baseline import Variant, best_variant, blob_picks, random_picks, variant_in_words
+from motor_detection.config import Config, Evaluation
+from motor_detection.inference import pick_motors
+from motor_detection.labels import LabelledTomogram
+from motor_detection.model_defs.motoridentifier import MotorIdentifier
+from motor_detection.pick_files import TomogramPicks
+from motor_detection.tomograms import Tomogram, open_tomogram
+
+CHANCE_DRAWS = 100
+Counts = npt.NDArray[np.int64]
+
+
+@dataclasses.dataclass(frozen=True)
+class Picked:
+    """One labelled tomogram with what the network and the blob picker found in it."""
+
+    tomogram: Tomogram
+    picks: TomogramPicks
+    scored: ScoredTomogram
+    blobs: dict[Variant, ScoredTomogram]
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """F-beta with its interval, and what stands behind it."""
+
+    f_beta: Interval
+    counts: Counts  # (n, 3) TP, FP, FN per tomogram
+    threshold: float
+
+
+def pick_fold(
+    labelled: list[LabelledTomogram],
+    paths: dict[str, Path],
+    models: list[MotorIdentifier],
+    config: Config,
+    device: torch.device,
+    description: str,
+) -> list[Picked]:
+    """Picks of the network and of the blob picker in every tomogram of a fold."""
+    return list(_pick_each(labelled, paths, models, config, device, description))
+
+
+def _pick_each(
+    labelled: list[LabelledTomogram],
+    paths: dict[str, Path],
+    models: list[MotorIdentifier],
+    config: Config,
+    device: torch.device,
+    description: str,
+) -> Iterator[Picked]:
+    for label in progress(labelled, description, len(labelled), True):
+        tomogram = open_tomogram(paths[label.tomo_id], label, config.data.voxel_spacing_angstrom)
+        peaks = pick_motors(models, tomogram, config, device)
+        picks = TomogramPicks(
+            label.tomo_id, tomogram.volume.shape, tomogram.spacing_angstrom, peaks.points, peaks.scores
+        )
+        spacing = np.array(tomogram.spacing_angstrom)
+        blobs = blob_picks(
+            tomogram,
+            label.motors,
+            config.evaluation.blob_sigmas_angstrom,
+            config.inference.min_distance_angstrom,
+            config.inference.max_picks,
+        )
+        yield Picked(tomogram, picks, ScoredTomogram(peaks.points, peaks.scores, label.motors, spacing), blobs)
+
+
+def curve_of(tomograms: list[ScoredTomogram], settings: Evaluation) -> DetectionCurve:
+    curve = byu_curve if settings.task == "one_per_tomogram" else precision_recall_curve
+    return curve(tomograms, settings.tolerance_angstrom, settings.beta)
+
+
+def counts_of(tomograms: list[ScoredTomogram], threshold: float, settings: Evaluation) -> Counts:
+    """TP, FP, FN of each tomogram (n, 3) under the config's task."""
+    if settings.task == "every_motor":
+        return detection_counts(tomograms, threshold, settings.tolerance_angstrom)
+    spacing = np.stack([tomogram.spacing_angstrom for tomogram in tomograms])
+    truths = [tomogram.truths for tomogram in tomograms]
+    return byu_counts(byu_predictions(tomograms, threshold), truths, spacing, settings.tolerance_angstrom)
+
+
+def judge(tomograms: list[ScoredTomogram], threshold: float, settings: Evaluation) -> Verdict:
+    """F-beta at a threshold that was chosen elsewhere, with its bootstrap interval over tomograms."""
+    counts = counts_of(tomograms, threshold, settings)
+    interval = f_beta_interval(counts, settings.beta, settings.bootstrap_resamples, settings.confidence, settings.seed)
+    return Verdict(interval, counts, threshold)
+
+
+def choose_threshold(tomograms: list[ScoredTomogram], settings: Evaluation) -> float:
+    return best_threshold(curve_of(tomograms, settings), 0.0, 1.0).threshold
+
+
+def cross_fitted(groups: list[list[ScoredTomogram]], settings: Evaluation) -> tuple[Counts, float]:
+    """Counts of all tomograms, each at the threshold chosen on the other groups; and the mean of those thresholds."""
+    counts, thresholds = [], []
+    for number, group in enumerate(groups):
+        others = [tomogram for k, other in enumerate(groups) if k != number for tomogram in other]
+        thresholds.append(choose_threshold(others, settings))
+        counts.append(counts_of(group, thresholds[-1], settings))
+    return np.concatenate(counts), float(np.mean(thresholds))
+
+
+def judge_blobs(validation: list[Picked], test: list[Picked], settings: Evaluation) -> tuple[Verdict, str]:
+    """The blob picker with sigma, polarity and threshold chosen on validation, and which it was in words."""
+    variant, threshold = best_variant(
+        [picked.blobs for picked in validation], lambda chosen: curve_of(chosen, settings)
+    )
+    return judge([picked.blobs[variant] for picked in test], threshold, settings), variant_in_words(variant)
+
+
+def chance(test: list[Picked], settings: Evaluation) -> float:
+    """Mean F-beta of random points, as many per tomogram as the task asks for."""
+    like = [picked.scored for picked in test]
+    shapes = [picked.tomogram.volume.shape for picked in test]
+    motors = np.mean([len(tomogram.truths) for tomogram in like])
+    each = 1 if settings.task == "one_per_tomogram" else max(1, round(float(motors)))
+    draws = [
+        f_beta_of_counts(
+            counts_of(random_picks(shapes, like, draw, settings.seed, each), 0.5, settings).sum(0), settings.beta
+        )
+        for draw in range(CHANCE_DRAWS)
+    ]
+    return float(np.mean(draws))
+
+
+def evaluate(validation: list[Picked], test: list[Picked], settings: Evaluation) -> dict[str, float | int | str]:
+    """The flat figures of results/metrics.json; the test tomograms are looked at once, here."""
+    name = f"f{settings.beta:g}"
+    threshold = choose_threshold([picked.scored for picked in validation], settings)
+    ours = judge([picked.scored for picked in test], threshold, settings)
+    blobs, which = judge_blobs(validation, test, settings)
+    gain = paired_bootstrap_difference(
+        ours.counts, blobs.counts, settings.beta, settings.bootstrap_resamples, settings.confidence, settings.seed
+    )
+    error = localisation_error(answered(test, settings), threshold, settings.tolerance_angstrom)
+    tp, fp, fn = (int(total) for total in ours.counts.sum(0))
+    return {
+        name: ours.f_beta.estimate,
+        f"{name}_low": ours.f_beta.low,
+        f"{name}_high": ours.f_beta.high,
+        "n": len(test),
+        "n_with_motor": sum(len(picked.scored.truths) > 0 for picked in test),
+        "true_positives": tp,
+        "false_positives": fp,
+        "false_negatives": fn,
+        "precision": tp / max(1, tp + fp),
+        "recall": tp / max(1, tp + fn),
+        "threshold": threshold,
+        "localisation_error_angstrom": error.median_angstrom,
+        "localisation_error_90_angstrom": error.percentile_90_angstrom,
+        f"baseline_{name}": blobs.f_beta.estimate,
+        f"baseline_{name}_low": blobs.f_beta.low,
+        f"baseline_{name}_high": blobs.f_beta.high,
+        "baseline": f"Laplacian of Gaussian, {which}",
+        f"gain_{name}_low": gain.low,
+        f"gain_{name}_high": gain.high,
+        f"chance_{name}": chance(test, settings),
+        "validation_n": len(validation),
+        f"validation_{name}": judge([picked.scored for picked in validation], threshold, settings).f_beta.estimate,
+    }
+
+
+def answered(test: list[Picked], settings: Evaluation) -> list[ScoredTomogram]:
+    """The picks that count: all of them, or each tomogram's best."""
+    scored = [picked.scored for picked in test]
+    if settings.task == "every_motor":
+        return scored
+    return [ScoredTomogram(s.points[:1], s.scores[:1], s.truths, s.spacing_angstrom) for s in scored]

@@ -1,0 +1,217 @@
+"""A tomogram's heat map and picks, in memory bounded by the tile.
+
+MotorIdentifier runs in two exact passes: its fine part over tiles of voxels into a map at the split level, its coarse
+part over tiles of that map. The fine part holds nearly all the work and reaches 20 voxels, the coarse part reaches far
+but has few cells; tiled apart, next to nothing is computed twice.
+"""
+
+import copy
+import dataclasses
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.checkpoint import load_checkpoint, load_weights
+from common.config import configure
+from common.errors import data_error
+from common.tiling import Box, Triple, exact_tiles, output_shape, run_blended, run_exactly
+from motor_detection.config import KAGGLE, Config
+from motor_detection.intensity import Intensity, measure_intensity, to_bytes
+from motor_detection.model_defs.motoridentifier import MotorIdentifier
+from motor_detection.peaks import Peaks, find_peaks
+from motor_detection.tomograms import Tomogram
+from motor_detection.trainer import KIND, build_model
+
+IN_MEMORY_BYTES = 512 * 2**20  # a split-level map larger than this lies in a temporary file
+FLIPS: list[tuple[int, ...]] = [(), (0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)]
+FLIP_GRID = 32  # voxels; a multiple of every stride and of the deepest level's
+
+
+@dataclasses.dataclass
+class SlabCache:
+    """Reads boxes of a tomogram, normalised; every slice is decoded once while tiles proceed along z."""
+
+    tomogram: Tomogram
+    intensity: Intensity
+    slices: dict[int, np.ndarray]  # z -> uint8 (y, x)
+
+    def read(self, box: Box) -> Tensor:
+        """(1, 1, z, y, x) float32, in standard deviations from the tomogram's mean."""
+        (z0, y0, x0), (z1, y1, x1) = box
+        height, width = self.tomogram.volume.shape[1:]
+        for z in [z for z in self.slices if not z0 <= z < z1]:
+            del self.slices[z]
+        missing = [z for z in range(z0, z1) if z not in self.slices]
+        for z in missing:
+            raw = self.tomogram.volume.read((z, 0, 0), (1, height, width))
+            self.slices[z] = to_bytes(raw, self.intensity)[0]
+        voxels = np.stack([self.slices[z][y0:y1, x0:x1] for z in range(z0, z1)])
+        normalised = torch.from_numpy(voxels).float().sub_(self.intensity.mean).div_(self.intensity.deviation)
+        return normalised[None, None]
+
+
+def load_model(path: Path, device: torch.device) -> tuple[MotorIdentifier, Config]:
+    """The averaged weights of a checkpoint as a model in eval mode, and the config it was trained with."""
+    saved = load_checkpoint(path, KIND)
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        file.write(saved["config"])
+        file.flush()
+        config = configure(KAGGLE, [Path(file.name)], [])
+    model = build_model(config.model)
+    load_weights(model, saved["weights"], path)
+    return model.eval().to(device, memory_format=torch.channels_last_3d), config  # type: ignore[call-overload]
+
+
+def inference_device() -> torch.device:
+    return torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+
+
+def working_copy(model: MotorIdentifier, precision: str) -> MotorIdentifier:
+    """The model in the precision it runs fastest in; in bfloat16 all weights are rounded to 8 bits of mantissa."""
+    return copy.deepcopy(model).to(getattr(torch, precision))
+
+
+@torch.inference_mode()
+def heatmap_logits(
+    model: MotorIdentifier,
+    tomogram: Tomogram,
+    intensity: Intensity,
+    flipped: tuple[int, ...],
+    config: Config,
+    device: torch.device,
+) -> Tensor:
+    """Logits (ceil(z/stride), ...) float32 on the CPU of one tomogram under a config's tiling and the model's precision.
+
+    flipped: axes (0 z, 1 y, 2 x) along which the network sees the tomogram reversed; the map is turned back.
+    """
+    cache = SlabCache(tomogram, intensity, {})
+    dtype = model.stem.weight.dtype
+    shape = tomogram.volume.shape
+    seen = padded_shape(shape, flipped)
+
+    def read(box: Box) -> Tensor:
+        return read_flipped(cache, box, shape, seen, flipped).to(device, dtype)
+
+    if config.inference.tiling == "blended":
+        window = config.convert.patch_size
+        logits = run_blended(model, read, seen, window, model.stride, config.inference.overlap)[0].cpu()
+    else:
+        logits = two_pass_logits(model, read, seen, config.inference.tile_size, device)
+    cells = output_shape(shape, model.stride)
+    return logits.flip(flipped)[: cells[0], : cells[1], : cells[2]]
+
+
+def padded_shape(shape: Triple, flipped: tuple[int, ...]) -> Triple:
+    """Flipped axes grow to multiples of 32 voxels, so that cells seen from either end are the same cells."""
+    z, y, x = (-(-n // FLIP_GRID) * FLIP_GRID if axis in flipped else n for axis, n in enumerate(shape))
+    return z, y, x
+
+
+def read_flipped(cache: SlabCache, box: Box, shape: Triple, seen: Triple, flipped: tuple[int, ...]) -> Tensor:
+    """A box of the flipped tomogram (1, 1, z, y, x); beyond the tomogram's end it is 0, the tomogram's mean."""
+    if not flipped:
+        return cache.read(box)
+    start, stop, missing = [], [], []
+    for axis, (first, last) in enumerate(zip(*box, strict=True)):
+        a, b = (seen[axis] - last, seen[axis] - first) if axis in flipped else (first, last)
+        start.append(min(a, shape[axis]))
+        stop.append(min(b, shape[axis]))
+        missing.append(b - a - (stop[-1] - start[-1]))
+    voxels = cache.read(((start[0], start[1], start[2]), (stop[0], stop[1], stop[2])))
+    padded = torch.nn.functional.pad(voxels, (0, missing[2], 0, missing[1], 0, missing[0]))
+    return padded.flip([axis + 2 for axis in flipped])
+
+
+def two_pass_logits(
+    model: MotorIdentifier, read: Callable[[Box], Tensor], shape: Triple, tile: Triple, device: torch.device
+) -> Tensor:
+    """Exact tiles of the fine part, then of the coarse part; (z, y, x cells) float32 on the CPU."""
+    fine, coarse = model.fine_reach(), model.coarse_reach()
+    channels = (
+        model.stem.out_channels if model.split_level == 0 else model.stages[model.split_level - 1].conv2.out_channels
+    )
+    dtype = model.stem.weight.dtype
+    levels = output_shape(shape, fine.stride)
+    with tempfile.TemporaryDirectory() as folder:
+        features = _allocate((channels, *levels), dtype, device, Path(folder))
+        run_exactly(model.fine, read, list(exact_tiles(shape, tile, fine.stride, fine.alignment, fine.halo)), features)
+
+        def read_features(box: Box) -> Tensor:
+            (z0, y0, x0), (z1, y1, x1) = box
+            return features[None, :, z0:z1, y0:y1, x0:x1].contiguous(memory_format=torch.channels_last_3d)
+
+        edge = [max(coarse.alignment, n // fine.stride // coarse.alignment * coarse.alignment) for n in tile]
+        logits = torch.empty(1, *output_shape(shape, model.stride))
+        tiles = exact_tiles(levels, (edge[0], edge[1], edge[2]), coarse.stride, coarse.alignment, coarse.halo)
+        run_exactly(model.coarse, read_features, list(tiles), logits)
+        del features
+    return logits[0]
+
+
+def _allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, folder: Path) -> Tensor:
+    """An empty map: in memory, or in a mapped file where it is large and the work is on the CPU."""
+    size = int(np.prod(shape))
+    if device.type != "cpu" or size * dtype.itemsize <= IN_MEMORY_BYTES:
+        return torch.empty(shape, dtype=dtype, device=device)
+    mapped = torch.from_file(str(folder / "features"), shared=True, size=size, dtype=dtype)
+    return mapped.view(shape)
+
+
+def averaged_heatmap(
+    models: list[MotorIdentifier], tomogram: Tomogram, config: Config, device: torch.device
+) -> np.ndarray:
+    """Probabilities (z, y, x cells): the mean over models of sigmoid(logits), over all 8 flips where config asks."""
+    intensity = measure_intensity(tomogram.volume)
+    flips = FLIPS if config.inference.flips else [()]
+    maps = (
+        heatmap_logits(model, tomogram, intensity, flipped, config, device).sigmoid()
+        for model in models
+        for flipped in flips
+    )
+    total = next(maps)
+    for more in maps:
+        total += more
+    probabilities: np.ndarray = (total / (len(models) * len(flips))).numpy()
+    return probabilities
+
+
+def pick_motors(models: list[MotorIdentifier], tomogram: Tomogram, config: Config, device: torch.device) -> Peaks:
+    """The picks of one tomogram, best first."""
+    inference = config.inference
+    peaks = find_peaks(
+        averaged_heatmap(models, tomogram, config, device),
+        config.model.stride,
+        np.array(tomogram.spacing_angstrom),
+        config.heatmap.sigma_angstrom,
+        inference.min_distance_angstrom,
+        inference.min_score,
+        inference.max_picks,
+    )
+    inside = np.clip(peaks.points, -0.5, np.array(tomogram.volume.shape) - 0.5)  # the last cell may be a partial one
+    return Peaks(inside, peaks.scores)
+
+
+@torch.inference_mode()
+def rounding_cost(model: MotorIdentifier, tomogram: Tomogram, config: Config, device: torch.device) -> float:
+    """The largest change of a probability that the working precision causes, on a central crop of the tomogram."""
+    shape, size = tomogram.volume.shape, config.convert.patch_size
+    begin = tuple(max(0, (n - edge) // 2) for n, edge in zip(shape, size, strict=True))
+    end = tuple(min(n, b + edge) for n, b, edge in zip(shape, begin, size, strict=True))
+    cache = SlabCache(tomogram, measure_intensity(tomogram.volume), {})
+    crop = cache.read(((begin[0], begin[1], begin[2]), (end[0], end[1], end[2]))).to(device)
+    fast = working_copy(model, config.inference.precision)
+    rounded = fast(crop.to(fast.stem.weight.dtype)).float().sigmoid()
+    return float((rounded - model(crop).sigmoid()).abs().max())
+
+
+def check_same_grid(configs: list[Config], paths: list[Path]) -> None:
+    """Models of an ensemble must draw the same kind of map."""
+    for config, path in zip(configs, paths, strict=True):
+        if (config.model.stride, config.heatmap) != (configs[0].model.stride, configs[0].heatmap):
+            raise data_error(
+                f"{path}: its heat map differs in stride or sigma from {paths[0]}; they cannot be averaged"
+            )

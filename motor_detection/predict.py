@@ -1,0 +1,193 @@
+"""Find motors in tomograms, with a score each, in files that other tools open.
+
+python motor_detection/predict.py --checkpoint runs/motor_detection/phantom-1a2b3c4d/checkpoints/best.pt --input tomo_1
+python motor_detection/predict.py --checkpoint fold0.pt --checkpoint fold1.pt --input tomograms/ --threshold 0.4
+python motor_detection/predict.py --checkpoint best.pt --input a.mrc b.rec data.voxel_spacing_angstrom=13.1
+
+--input takes slice folders, .npy, .mrc, .rec and .map files, or a folder of those. Writes into --output
+(inference_results/): picks.csv (every pick with voxel and Å position and score), submission.csv (the best pick per
+tomogram above --threshold, else -1), picks.star (RELION, with score), picks.tbl and picks.doc (Dynamo), copick/ (JSON).
+A tomogram that cannot be read is named and skipped; the exit code is then 1. Finished tomograms are kept: the same
+command continues.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import dataclasses
+
+import torch
+
+from common.command import script_parser
+from common.config import as_yaml, configure, fingerprint
+from common.errors import BAD_DATA, UserError, config_error, data_error, run_script
+from common.logbook import progress
+from common.volumes import FILE_SUFFIXES, SLICE_SUFFIXES
+from motor_detection.config import PRESETS, Config
+from motor_detection.copick_files import write_copick_json
+from motor_detection.dynamo_files import write_dynamo_table
+from motor_detection.inference import (
+    check_same_grid,
+    inference_device,
+    load_model,
+    pick_motors,
+    rounding_cost,
+    working_copy,
+)
+from motor_detection.model_defs.motoridentifier import MotorIdentifier
+from motor_detection.pick_files import TomogramPicks, read_picks_csv, write_picks_csv, write_submission_csv
+from motor_detection.star_files import write_relion_star
+from motor_detection.tomograms import Tomogram, open_tomogram, spacing_warnings, tomogram_name
+
+
+def find_inputs(paths: list[Path]) -> list[Path]:
+    """Every volume that is named, and every one inside a named folder that is not itself a slice folder."""
+    found: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise config_error(f"--input {path}: no such file or folder")
+        inside = sorted(path.iterdir()) if path.is_dir() else []
+        if path.is_dir() and not any(p.suffix.lower() in SLICE_SUFFIXES for p in inside):
+            volumes = [p for p in inside if p.suffix.lower() in FILE_SUFFIXES or holds_slices(p)]
+            if not volumes:
+                raise data_error(
+                    f"--input {path}: no tomograms in it (expected slice folders, {', '.join(FILE_SUFFIXES)})"
+                )
+            found += volumes
+        else:
+            found.append(path)
+    names = [tomogram_name(path) for path in found]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise config_error(f"--input: {', '.join(twice[:5])} would be written twice; rename one or give other inputs")
+    return found
+
+
+def holds_slices(path: Path) -> bool:
+    return path.is_dir() and any(p.suffix.lower() in SLICE_SUFFIXES for p in path.iterdir())
+
+
+def load_ensemble(checkpoints: list[Path], flags: argparse.Namespace) -> tuple[list[MotorIdentifier], Config]:
+    """All models, and the first one's config with the command line's changes."""
+    device = inference_device()
+    loaded = [load_model(path, device) for path in checkpoints]
+    check_same_grid([config for _, config in loaded], checkpoints)
+    trained = dataclasses.replace(loaded[0][1], data=dataclasses.replace(loaded[0][1].data, voxel_spacing_angstrom=0.0))
+    config = configure(trained, flags.config, flags.changes)
+    if config.model != loaded[0][1].model:
+        raise config_error("model: comes from the checkpoint and cannot be changed here")
+    return [model for model, _ in loaded], config
+
+
+def predict(
+    paths: list[Path], models: list[MotorIdentifier], config: Config, output: Path
+) -> tuple[list[TomogramPicks], list[str]]:
+    """Picks of every tomogram, one file each as it is finished; and the problems of those that could not be read."""
+    device = inference_device()
+    working = [working_copy(model, config.inference.precision) for model in models]
+    picks, problems = [], []
+    told = config.inference.precision == "float32"
+    for path in progress(paths, "picking", len(paths), True):
+        finished = output / "tomograms" / f"{tomogram_name(path)}.csv"
+        if finished.exists():
+            picks += read_picks_csv(finished)
+            continue
+        try:
+            tomogram = open_tomogram(path, None, config.data.voxel_spacing_angstrom)
+            for warning in spacing_warnings(tomogram):
+                print(f"warning: {warning}")
+            if not told:
+                cost = rounding_cost(models[0], tomogram, config, device)
+                print(f"{config.inference.precision} changes scores by at most {cost:.4f} (crop of {tomogram.tomo_id})")
+                told = True
+            picks.append(picks_of(tomogram, working, config, device))
+        except UserError as error:
+            problems += error.problems
+            print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
+            continue
+        write_picks_csv(finished, picks[-1:])
+    return picks, problems
+
+
+def picks_of(tomogram: Tomogram, models: list[MotorIdentifier], config: Config, device: torch.device) -> TomogramPicks:
+    peaks = pick_motors(models, tomogram, config, device)
+    shape, spacing = tomogram.volume.shape, tomogram.spacing_angstrom
+    return TomogramPicks(tomogram.tomo_id, shape, spacing, peaks.points, peaks.scores)
+
+
+def write_all(picks: list[TomogramPicks], output: Path, threshold: float, style: str) -> list[Path]:
+    """Every format; submission.csv alone uses the threshold, the others hold every pick with its score."""
+    names = ("picks.csv", "submission.csv", "picks.star", "picks.tbl", "copick")
+    write_picks_csv(output / "picks.csv", picks)
+    write_submission_csv(output / "submission.csv", picks, threshold)
+    pixel = {one.tomo_id: one.spacing_angstrom[2] for one in picks} if style == "relion4" else {}
+    write_relion_star(output / "picks.star", picks, "relion4" if style == "relion4" else "relion5", pixel)
+    write_dynamo_table(output / "picks.tbl", picks)
+    write_copick_json(output / "copick", picks, "flagellar-motor", "plainscope", "1")
+    return [output / name for name in names]
+
+
+def claim_output(output: Path, config: Config, checkpoints: list[Path]) -> None:
+    """Finished tomograms are only kept where they came from the same weights and constants."""
+    import hashlib
+
+    from common.checkpoint import write_text
+
+    weights = [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in checkpoints]
+    text = f"# weights {' '.join(weights)}, constants {fingerprint(config)}\n{as_yaml(config)}"
+    recorded = output / "config.yaml"
+    if recorded.exists() and recorded.read_text() != text:
+        raise config_error(
+            f"--output {output}: holds picks of other weights or constants; give another folder, or --fresh"
+        )
+    write_text(recorded, text)
+
+
+def main(arguments: list[str]) -> int:
+    parser = script_parser(__doc__ or "", PRESETS)
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        action="append",
+        required=True,
+        metavar="FILE.pt",
+        help="best.pt of a run; repeat for an ensemble",
+    )
+    parser.add_argument(
+        "--input", type=Path, nargs="+", required=True, metavar="PATH", help="tomograms, or folders of them"
+    )
+    parser.add_argument("--output", type=Path, default=Path("inference_results"), metavar="FOLDER")
+    parser.add_argument(
+        "--threshold", type=float, default=0.5, help="of submission.csv; eval.py prints one (default 0.5)"
+    )
+    parser.add_argument(
+        "--star", choices=("relion4", "relion5"), default="relion5", help="STAR coordinates: voxels, or centred Å"
+    )
+    parser.add_argument("--fresh", action="store_true", help="pick finished tomograms again")
+    flags = parser.parse_intermixed_args(arguments)
+    if not 0 < flags.threshold <= 1:
+        raise config_error(f"--threshold {flags.threshold}: expected a score in (0, 1]")
+    paths = find_inputs(flags.input)
+    models, config = load_ensemble(flags.checkpoint, flags)
+    if flags.print_config:
+        print(as_yaml(config), end="")
+        return 0
+    if flags.fresh:
+        for old in [*(flags.output / "tomograms").glob("*.csv"), flags.output / "config.yaml"]:
+            old.unlink(missing_ok=True)
+    claim_output(flags.output, config, flags.checkpoint)
+    picks, problems = predict(paths, models, config, flags.output)
+    if picks:
+        written = write_all(picks, flags.output, flags.threshold, flags.star)
+        above = sum(int((one.scores >= flags.threshold).sum()) for one in picks)
+        print(f"{above} picks with a score of at least {flags.threshold:g} in {len(picks)} tomograms")
+        print("\n".join(map(str, written)))
+    return BAD_DATA if problems else 0
+
+
+if __name__ == "__main__":
+    run_script(main)
