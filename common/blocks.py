@@ -90,5 +90,5 @@ class PreActResBlock(nn.Module):
         """(B, in, n...) -> (B, out, ceil(n / stride)...)."""
         branch = self.conv1(nn.functional.silu(self.norm1(x)))
         branch = self.conv2(nn.functional.silu(self.norm2(branch)))
-        skipped: Tensor = self.skip(x)
-        return skipped + self.drop_path(self.gate(branch))
+        total: Tensor = self.skip(x) + self.drop_path(self.gate(branch))
+        return total

@@ -1,6 +1,7 @@
 """A run's folder: config, environment, metrics, progress."""
 
 import csv
+import importlib
 import importlib.metadata
 import importlib.util
 import io
@@ -88,9 +89,7 @@ class Scalars:
         self.writer: Any = None
         if importlib.util.find_spec("tensorboard") is None:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+        self.writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(str(folder))
         for record in records:
             self.add(record)
 

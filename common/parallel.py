@@ -17,7 +17,7 @@ def process_group(deterministic: bool) -> Iterator[torch.device]:
     """
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS is not deterministic
     torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # costs a pass over every new tensor
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # saves a pass per tensor
     torch.backends.cudnn.benchmark = not deterministic
     cuda = torch.cuda.is_available()
     if cuda:
@@ -25,7 +25,7 @@ def process_group(deterministic: bool) -> Iterator[torch.device]:
     if "RANK" in os.environ:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     else:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     try:
         yield torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     finally:

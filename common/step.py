@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from common.errors import data_error
 from common.parallel import average_gradients, sum_over_ranks
 
 
@@ -34,7 +35,7 @@ class RunningStatistics:
         if not self.buffers:
             return
         flat = sum_over_ranks(torch.cat([total.flatten() for total in self.sums])) / num_micro_batches
-        for buffer, mean in zip(self.buffers, flat.split([b.numel() for b in self.buffers]), strict=True):
+        for buffer, mean in zip(self.buffers, torch.split(flat, [b.numel() for b in self.buffers]), strict=True):
             buffer.copy_(mean.view_as(buffer))
 
 
@@ -46,13 +47,13 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 def guarded_update(model: nn.Module, optimizer: Optimizer, scaler: GradScaler, max_gradient_norm: float) -> Tensor:
     """Average over ranks, unscale, clip, step; return the gradient norm before clipping.
 
-    Raises FloatingPointError on a non-finite norm, unless a loss scale above 1 excuses it (the step is then skipped).
+    Raises a data error on a non-finite norm, unless a loss scale above 1 excuses it (the step is then skipped).
     """
     average_gradients(model)
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_gradient_norm)
     if not torch.isfinite(norm) and not (scaler.is_enabled() and scaler.get_scale() > 1):
-        raise FloatingPointError(f"the gradient norm is {norm.item()}")
+        raise data_error(f"train: the gradient norm is {norm.item()}; lower the learning rates")
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)

@@ -74,5 +74,5 @@ def blend_neighbours(
         shares.append(share if random.random() < probability else 1.0)
     if min(shares) == 1.0 or len(shares) == 1:
         return images, heats
-    share = torch.tensor(shares, device=images.device, dtype=images.dtype).view(-1, 1, 1, 1, 1)
-    return share * images + (1 - share) * images.roll(-1, 0), share * heats + (1 - share) * heats.roll(-1, 0)
+    own = torch.tensor(shares, device=images.device, dtype=images.dtype).view(-1, 1, 1, 1, 1)
+    return own * images + (1 - own) * images.roll(-1, 0), own * heats + (1 - own) * heats.roll(-1, 0)

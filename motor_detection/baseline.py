@@ -43,7 +43,8 @@ def bin_mean(voxels: npt.NDArray[np.uint8], binning: npt.NDArray[np.int64]) -> n
     blocks = np.maximum(1, np.array(voxels.shape) // binning)
     cut = voxels[tuple(slice(0, n * b) for n, b in zip(blocks, binning, strict=True))]
     split = cut.reshape(blocks[0], binning[0], blocks[1], binning[1], blocks[2], binning[2])
-    return split.mean((1, 3, 5), dtype=np.float32)
+    means: npt.NDArray[np.float32] = split.mean((1, 3, 5), dtype=np.float32)
+    return means
 
 
 def scaled_laplacian(volume: npt.NDArray[np.float32], sigma_voxels: Array) -> npt.NDArray[np.float32]:
@@ -68,7 +69,7 @@ def strongest(
     cells = np.argwhere(is_peak)
     scores = response[is_peak].astype(np.float64)
     order = np.argsort(-scores, kind="stable")
-    points = (cells + 0.5) * binning - 0.5
+    points = ((cells + 0.5) * binning - 0.5).astype(np.float64)
     kept: list[int] = []
     for number in order:
         distances = np.linalg.norm((points[kept] - points[number]) * spacing, axis=1)

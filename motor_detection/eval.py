@@ -69,7 +69,7 @@ def draw_everything(
         pictures / "picks.png",
     )
     records = read_metrics(folder / "metrics.csv")
-    draw_learning_curve(records, settings.beta, pictures / "learning_curve.png")
+    draw_learning_curve(records, pictures / "learning_curve.png")
     write_report(folder / "report.html", f"motor_detection: {folder.name}", sections_of(figures, config, folder))
 
 

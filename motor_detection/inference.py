@@ -131,13 +131,10 @@ def two_pass_logits(
 ) -> Tensor:
     """Exact tiles of the fine part, then of the coarse part; (z, y, x cells) float32 on the CPU."""
     fine, coarse = model.fine_reach(), model.coarse_reach()
-    channels = (
-        model.stem.out_channels if model.split_level == 0 else model.stages[model.split_level - 1].conv2.out_channels
-    )
     dtype = model.stem.weight.dtype
     levels = output_shape(shape, fine.stride)
     with tempfile.TemporaryDirectory() as folder:
-        features = _allocate((channels, *levels), dtype, device, Path(folder))
+        features = _allocate((model.split_channels, *levels), dtype, device, Path(folder))
         run_exactly(model.fine, read, list(exact_tiles(shape, tile, fine.stride, fine.alignment, fine.halo)), features)
 
         def read_features(box: Box) -> Tensor:
@@ -148,7 +145,6 @@ def two_pass_logits(
         logits = torch.empty(1, *output_shape(shape, model.stride))
         tiles = exact_tiles(levels, (edge[0], edge[1], edge[2]), coarse.stride, coarse.alignment, coarse.halo)
         run_exactly(model.coarse, read_features, list(tiles), logits)
-        del features
     return logits[0]
 
 

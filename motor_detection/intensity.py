@@ -49,4 +49,5 @@ def _as_bytes(voxels: np.ndarray, low: float, high: float) -> np.ndarray:
     if voxels.dtype == np.uint8:
         return voxels
     scaled = (voxels.astype(np.float32) - low) * (255.0 / (high - low))
-    return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+    scaled_bytes: np.ndarray = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+    return scaled_bytes

@@ -15,6 +15,7 @@ import scipy.ndimage
 
 Array = npt.NDArray[np.float64]
 NEIGHBOURS = np.array([offset for offset in itertools.product((-1, 0, 1), repeat=3) if any(offset)])
+PADDING = 2  # empty cells around a map, so that every peak has neighbours
 FLOOR = 1e-4  # probabilities below it say nothing in a logarithm
 SHOULDER = 0.25  # of the peak: what a neighbour must rise above its mirror images to be a motor of its own
 ROUNDS = 3  # of dealing cells to picks and fitting each anew
@@ -51,25 +52,29 @@ def find_peaks(
     depend on where between cell centres a motor lies.
     """
     width = sigma_angstrom / (np.asarray(spacing_angstrom, np.float64) * stride)  # sigma in cells, per axis
-    padded = np.pad(heat.astype(np.float64), 2)
+    padded = np.pad(heat.astype(np.float64), PADDING)
     maxima = _local_maxima(padded, min_score)[: 4 * max_picks]
     shoulders = [s for maximum in maxima if (s := _shoulder(padded, maximum, maxima, width)) is not None]
     cells = np.array([*maxima, *shoulders], np.int64).reshape(-1, 3)
     positions, scores = _fit(padded, cells, width)
-    inside = np.clip(positions - 2, -0.5, np.array(heat.shape) - 0.5)  # without the padding
+    inside = np.clip(positions - PADDING, -0.5, np.array(heat.shape) - 0.5)  # without the padding
     points = (inside + 0.5) * stride - 0.5
     kept = _apart(points * spacing_angstrom, scores, min_distance_angstrom, min_score)[:max_picks]
     return Peaks(points[kept], scores[kept])
 
 
 def _local_maxima(padded: Array, min_score: float) -> list[npt.NDArray[np.int64]]:
-    """Cells not below any of their 26 neighbours, highest first; of a plateau the first cell."""
+    """Cells not below any of their 26 neighbours, highest first; of a plateau the cell in its middle."""
     is_peak = (padded >= min_score) & (padded == scipy.ndimage.maximum_filter(padded, 3))
     plateaus, number = scipy.ndimage.label(is_peak, np.ones((3, 3, 3)))
     if number == 0:
         return []
-    firsts = scipy.ndimage.maximum_position(is_peak, plateaus, range(1, number + 1))
-    cells = np.array(firsts, np.int64)
+    members = np.argwhere(is_peak)
+    owner = plateaus[is_peak] - 1
+    centres = np.array(scipy.ndimage.center_of_mass(is_peak, plateaus, range(1, number + 1)))
+    from_centre = ((members - centres[owner]) ** 2).sum(1)
+    order = np.lexsort((from_centre, owner))
+    cells: npt.NDArray[np.int64] = members[order[np.unique(owner[order], return_index=True)[1]]]
     return list(cells[np.argsort(-padded[tuple(cells.T)], kind="stable")])
 
 
@@ -82,18 +87,24 @@ def _shoulder(
     most above its Gaussian must do so by more than the median of all neighbours: a blob that is merely wide does not.
     """
     height = padded[tuple(peak)]
+    last = np.array(padded.shape) - PADDING - 1
+    around = NEIGHBOURS[((peak + NEIGHBOURS >= PADDING) & (peak + NEIGHBOURS <= last)).all(1)]  # inside the map
+    if len(around) == 0:
+        return None
     offset = np.zeros(3)
     for axis in range(3):
-        step = np.eye(3, dtype=np.int64)[axis]
-        below, above = padded[tuple(peak - step)], padded[tuple(peak + step)]
-        drop = np.log(height / max(min(below, above), FLOOR))
+        beside = around[np.abs(around).sum(1) == np.abs(around[:, axis])]  # two, or one at a face of the map
+        if len(beside) == 0:
+            continue
+        values = padded[tuple((peak + beside).T)]
+        drop = np.log(height / max(values.min(), FLOOR))
         away = float(np.clip(width[axis] ** 2 * drop - 0.5, -0.5, 0.5))  # from the lower neighbour
-        offset[axis] = away if below <= above else -away
+        offset[axis] = -beside[values.argmin(), axis] * away
     amplitude = height * np.exp((offset**2 / (2 * width**2)).sum())
-    expected = amplitude * np.exp(-((NEIGHBOURS - offset) ** 2 / (2 * width**2)).sum(1))
-    excess = padded[tuple((peak + NEIGHBOURS).T)] - expected
+    expected = amplitude * np.exp(-((around - offset) ** 2 / (2 * width**2)).sum(1))
+    excess = padded[tuple((peak + around).T)] - expected
     best = int(np.argmax(excess))
-    second = peak + NEIGHBOURS[best]
+    second: npt.NDArray[np.int64] = peak + around[best]
     near_other = any((np.abs(second - other).max() <= 1) and (other != peak).any() for other in maxima)
     if near_other or excess[best] - np.median(excess) < SHOULDER * height:
         return None

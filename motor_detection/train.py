@@ -44,14 +44,11 @@ def main(arguments: list[str]) -> int:
     labelled, _ = read_tomograms(data)
     records = train(config, folder, choose_patches(config, data.patches, labelled), [sys.executable, *sys.argv])
     if first:
-        best = max(records, key=lambda record: (record["f_beta"], record["step"]))
-        draw_learning_curve(records, config.evaluation.beta, folder / "figures" / "learning_curve.png")
-        print(
-            f"best of {len(records)} validations: F{config.evaluation.beta:g} {best['f_beta']:.3f} at step {best['step']}"
-        )
-        print(
-            f"run: {folder}\nweights: {folder / 'checkpoints' / 'best.pt'}\ncurve: {folder / 'figures/learning_curve.png'}"
-        )
+        best = max(records, key=lambda record: (record["average_precision"], record["step"]))
+        curve = folder / "figures" / "learning_curve.png"
+        draw_learning_curve(records, curve)
+        print(f"best average precision on validation patches: {best['average_precision']:.3f} at step {best['step']:g}")
+        print(f"run: {folder}", f"weights: {folder / 'checkpoints' / 'best.pt'}", f"curve: {curve}", sep="\n")
     return 0
 
 

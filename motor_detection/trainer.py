@@ -24,7 +24,7 @@ from common.checkpoint import load_checkpoint, load_weights, save_checkpoint, up
 from common.config import as_yaml
 from common.errors import config_error, data_error
 from common.logbook import Scalars, open_run, progress, write_metrics
-from common.metrics.detection import ScoredTomogram, best_threshold, byu_curve, precision_recall_curve
+from common.metrics.detection import ScoredTomogram, average_precision, precision_recall_curve
 from common.metrics.heatmaps import comprehensive_heatmap_metric, soft_dice_score, topk_accuracy
 from common.parallel import gather_objects, process_group, sum_over_ranks
 from common.schedule import warmup_then_cosine
@@ -152,7 +152,7 @@ def take_step(
             logits = state.model(images.contiguous(memory_format=torch.channels_last_3d))
         losses = heatmap_loss(logits, heat, config.loss)  # (B,)
         refuse_non_finite(losses, batch, patches.train)
-        state.scaler.scale(losses.mean() / rounds).backward()
+        state.scaler.scale(losses.mean() / rounds).backward()  # type: ignore[no-untyped-call]
         statistics.end_micro_batch()
         mean_loss += losses.detach().mean() / rounds / dist.get_world_size()
     statistics.end_step(rounds * dist.get_world_size())
@@ -166,15 +166,18 @@ def refuse_non_finite(losses: Tensor, batch: Sample, files: list[Path]) -> None:
     """Stop at a loss that is not a number, and name the patches."""
     if not torch.isfinite(losses).all():
         bad = [str(files[index]) for index in batch.index[~torch.isfinite(losses)].tolist()]
-        raise FloatingPointError(f"the loss is not finite on {', '.join(bad)}")
+        raise data_error(
+            f"train: the loss is not finite on {', '.join(bad)}; look at these patches, or lower the learning rates; "
+            "the last checkpoint is kept"
+        )
 
 
 @torch.inference_mode()
 def validate(model: nn.Module, patches: Patches, config: Config, device: torch.device) -> dict[str, float]:
     """Loss, heat-map metrics and detection over all validation patches, each scored exactly once on any ranks.
 
-    f_beta is that of the config's evaluation at the best threshold over these patches: good for choosing a checkpoint,
-    too kind to report.
+    average_precision is that of all picks, matched one to one within two sigma of the heat map (or the evaluation's
+    tolerance, if that is stricter): the metric that decides which weights are best.
     """
     mine = list(range(dist.get_rank(), len(patches.validation), dist.get_world_size()))
     loader = DataLoader(
@@ -192,12 +195,11 @@ def validate(model: nn.Module, patches: Patches, config: Config, device: torch.d
         rows += score_patches(host_batch, logits, heat, config)
     together = sorted((row for part in gather_objects(rows) for row in part), key=lambda row: row[0])  # type: ignore[attr-defined]
     scores = np.array([row[1] for row in together])
-    curve = byu_curve if config.evaluation.task == "one_per_tomogram" else precision_recall_curve
-    picks = [row[2] for row in together]
-    best = best_threshold(curve(picks, config.evaluation.tolerance_angstrom, config.evaluation.beta), 0.0, 1.0)
+    tolerance = min(config.evaluation.tolerance_angstrom, 2 * config.heatmap.sigma_angstrom)
+    curve = precision_recall_curve([row[2] for row in together], tolerance, config.evaluation.beta)
     names = ("validation_loss", "soft_dice", "heatmap_metric", "top_10_accuracy")
     figures = {name: float(np.nanmean(scores[:, column])) for column, name in enumerate(names)}
-    return figures | {"f_beta": best.f_beta, "threshold": best.threshold}
+    return figures | {"average_precision": average_precision(curve)}
 
 
 def score_patches(
@@ -236,9 +238,9 @@ def save(state: State, folder: Path, config: Config) -> None:
 
 
 def keep_if_best(state: State, measured: dict[str, float], folder: Path, config: Config) -> None:
-    """Write best.pt when f_beta (higher is better) is at least as good as ever; of equals the later is kept."""
-    if measured["f_beta"] >= state.best:
-        state.best = measured["f_beta"]
+    """Write best.pt when the average precision is at least as high as ever; of equals the later is kept."""
+    if measured["average_precision"] >= state.best:
+        state.best = measured["average_precision"]
         if dist.get_rank() == 0:
             best = {"kind": KIND, "config": as_yaml(config), "identity": training_identity(config)}
             weights = {"step": state.step, "weights": state.average.state_dict(), "measured": measured}
@@ -276,7 +278,7 @@ def train(config: Config, folder: Path, patches: Patches, arguments: list[str]) 
             batch_sampler=plan,
             num_workers=settings.workers,
             collate_fn=stack,
-            pin_memory=device.type == "cuda",  # type: ignore[arg-type]
+            pin_memory=device.type == "cuda",
         )
         scalars = Scalars(folder / "tensorboard", state.records) if first else None
         run_steps(state, iter(loader), patches, config, folder, scalars)
@@ -304,9 +306,7 @@ def run_steps(
             if scalars is not None:
                 scalars.add(state.records[-1])
                 shown = f"loss {measured['loss']:.4f}  validation {measured['validation_loss']:.4f}"
-                print(
-                    f"step {state.step:6d}  {shown}  F{config.evaluation.beta:g} {measured['f_beta']:.3f}", flush=True
-                )
+                print(f"step {state.step:6d}  {shown}  AP {measured['average_precision']:.3f}", flush=True)
         if state.step % settings.checkpoint_every == 0 or at_end:
             save(state, folder, config)
     bar.close()

@@ -1,7 +1,7 @@
 """Simulated cryo-electron tomograms of bacteria, the default data of motor_detection.
 
 Every tomogram is a function of (settings, index): analytic cells, flagellar motors and look-alikes in angstrom
-(motor_scene, motor_shapes), seen through an electron microscope with a missing wedge (motor_imaging).
+(motor_scene, motor_clutter, motor_shapes), seen through an electron microscope with a missing wedge (motor_imaging).
 """
 
 import dataclasses
@@ -22,13 +22,14 @@ from tqdm import tqdm
 
 from common.errors import config_error
 from common.streams import random_for
+from data.phantoms.motor_clutter import draw_scene
 from data.phantoms.motor_imaging import Exposure, take_tomogram, to_grey_levels
-from data.phantoms.motor_scene import Scene, draw_scene, plan_scene, uniform
+from data.phantoms.motor_scene import Scene, plan_scene, uniform
 from data.phantoms.motor_settings import MotorPhantom
 
 __all__ = ["MotorPhantom", "SimulatedTomogram", "simulate_tomogram", "write_phantom"]
 
-GENERATOR_VERSION = 1  # raised whenever equal settings give other bits, so that stale folders are noticed
+GENERATOR_VERSION = 2  # raised whenever equal settings give other bits, so that stale folders are noticed
 TRAIN_FOLDS, VALIDATION_FOLD, TEST_FOLD = (2, 3, 4), 0, 1
 
 
@@ -47,16 +48,16 @@ def simulate_tomogram(settings: MotorPhantom, index: int) -> SimulatedTomogram:
     """Simulate tomogram `index` of the data set; equal arguments give equal bits."""
     scene = plan_scene(settings, index)
     density = draw_scene(settings, scene, random_for("motor clutter", settings.seed, index))
-    random = random_for("motor exposure", settings.seed, index)
+    rng = random_for("motor exposure", settings.seed, index)
     exposure = Exposure(
         spacing_angstrom=scene.spacing_angstrom,
-        defocus_micrometre=uniform(random, settings.defocus_micrometre),
-        b_factor_angstrom2=uniform(random, settings.b_factor_angstrom2),
-        dose_electrons_per_angstrom2=uniform(random, settings.dose_electrons_per_angstrom2),
+        defocus_micrometre=uniform(rng, settings.defocus_micrometre),
+        b_factor_angstrom2=uniform(rng, settings.b_factor_angstrom2),
+        dose_electrons_per_angstrom2=uniform(rng, settings.dose_electrons_per_angstrom2),
     )
-    signal, noise = take_tomogram(density, exposure, settings, random)
+    signal, noise = take_tomogram(density, exposure, settings, rng)
     z, y, x = (slice(margin, margin + n) for margin, n in zip(scene.margins, scene.shape, strict=True))
-    volume = to_grey_levels((signal + noise)[z, y, x], settings, random)
+    volume = to_grey_levels((signal + noise)[z, y, x], settings, rng)
     return SimulatedTomogram(tomo_id(index), volume, scene.spacing_angstrom, scene.motors, fold_of(settings, index))
 
 

@@ -78,7 +78,7 @@ def shot_noise(exposure: Exposure, settings: MotorPhantom) -> float:
 
 
 def take_tomogram(
-    density: Volume, exposure: Exposure, settings: MotorPhantom, random: np.random.Generator
+    density: Volume, exposure: Exposure, settings: MotorPhantom, rng: np.random.Generator
 ) -> tuple[Volume, Volume]:
     """Image a density map; returns signal and noise, both dense = positive and of the map's shape.
 
@@ -87,18 +87,18 @@ def take_tomogram(
     shape = density.shape
     seen = wedge(shape, settings.tilt_limit_degrees) * roll_off(shape)
     deviation = shot_noise(exposure, settings)
-    noise = random.standard_normal(shape, dtype=np.float32) * np.float32(deviation)
+    noise = rng.standard_normal(shape, dtype=np.float32) * np.float32(deviation)
     transfer = contrast_transfer(shape, exposure, settings)
     signal = scipy.fft.irfftn(scipy.fft.rfftn(density) * (transfer * seen), shape)
     noise = scipy.fft.irfftn(scipy.fft.rfftn(noise) * seen, shape)
-    noise += random.standard_normal(shape, dtype=np.float32) * np.float32(settings.detector_noise * deviation)
+    noise += rng.standard_normal(shape, dtype=np.float32) * np.float32(settings.detector_noise * deviation)
     return signal, noise
 
 
-def to_grey_levels(image: Volume, settings: MotorPhantom, random: np.random.Generator) -> np.ndarray:
+def to_grey_levels(image: Volume, settings: MotorPhantom, rng: np.random.Generator) -> np.ndarray:
     """Add the slow ramp of the ice's thickness, clip both tails and map to uint8 with dense = dark."""
     sample = image.ravel()[::7]
-    slopes = random.uniform(-1, 1, 2) * settings.intensity_ramp * float(sample.std())
+    slopes = rng.uniform(-1, 1, 2) * settings.intensity_ramp * float(sample.std())
     _, y, x = (np.linspace(-1, 1, n, dtype=np.float32) for n in image.shape)
     image = image + (np.float32(slopes[0]) * y[:, None] + np.float32(slopes[1]) * x[None, :])
     low, high = np.percentile(image.ravel()[::7], (settings.clipped_percent, 100 - settings.clipped_percent))

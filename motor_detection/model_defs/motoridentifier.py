@@ -48,6 +48,7 @@ class MotorIdentifier(nn.Module):
         self.stride = stride
         self.out_level = int(math.log2(stride)) - 1
         self.split_level = max(0, self.out_level - 1)
+        self.split_channels = channels[self.split_level]
         self.is_local = norm == "batch" and not squeeze_excitation
         assert 2 ** (self.out_level + 1) == stride and 0 <= self.out_level < len(channels), f"stride {stride}"
         self.stem = nn.Conv3d(1, channels[0], 5, stride=2, padding=2)

@@ -1,0 +1,31 @@
+# Two commands, each doing all its own set-up on a machine with Python 3.11 and make.
+PYTHON ?= python3
+TASK ?= motor_detection
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/core  ## simulate data, train and evaluate a task: make demo TASK=motor_detection
+	$(RUN) $(TASK)/train.py
+	$(RUN) $(TASK)/eval.py
+
+test: $(VENV)/tests  ## the quick test suite
+	$(RUN) -m pytest
+
+lint: $(VENV)/tests  ## style and types
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+$(VENV)/core: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --requirement requirements.txt
+	touch $@
+
+$(VENV)/tests: $(VENV)/core requirements-extras.txt tests/requirements.txt
+	$(RUN) -m pip install --quiet --requirement requirements-extras.txt --requirement tests/requirements.txt
+	touch $@
+
+clean:  ## remove the virtual environment (runs and generated data stay)
+	rm -rf $(VENV)

@@ -1,0 +1,63 @@
+"""DeepFinder's simulated tomograms as volumes [z, y, x] and a label table that motor_detection reads.
+
+python data/import_deepfinder.py SOURCE TARGET
+
+SOURCE holds tomo*.npz with `volume` (float, [x, y, z]) and `objects_axis012_label` (x, y, z, class per row). TARGET gets
+tomograms/tomo_N.npy and labels.csv. All classes become one ("a particle"). Tomogram 8 is the validation fold 0, tomogram
+9 the test fold 1, the others folds 2 to 4 in turn. The files state no voxel size; 10 angstrom is assumed.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import zipfile
+
+import numpy as np
+import pandas as pd
+
+from common.checkpoint import write_atomically, write_text
+from common.errors import data_error, run_script
+
+ASSUMED_SPACING_ANGSTROM = 10.0
+HELD_OUT_FOLDS = {8: 0, 9: 1}  # tomogram -> fold
+
+
+def import_tomogram(source: Path, number: int, target: Path) -> dict[str, object]:
+    """Write one volume; return its row of the label table."""
+    try:
+        with np.load(source, allow_pickle=False) as file:
+            volume = file["volume"].transpose(2, 1, 0).astype(np.float32)
+            centres = file["objects_axis012_label"][:, 2::-1].astype(np.float64)  # z, y, x
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise data_error(f"{source}: not a DeepFinder tomogram ({error}); expected volume, objects_axis012_label") from error
+    write_atomically(target / "tomograms" / f"tomo_{number}.npy", lambda out: np.save(out, np.ascontiguousarray(volume)))
+    fold = HELD_OUT_FOLDS[number] if number in HELD_OUT_FOLDS else 2 + number % 3
+    z, y, x = centres[0]
+    depth, height, width = volume.shape
+    return {
+        "tomo_id": f"tomo_{number}", "z": z, "y": y, "x": x, "z_shape": depth, "y_shape": height, "x_shape": width,
+        "voxel_spacing": ASSUMED_SPACING_ANGSTROM,
+        "coordinates": str([tuple(map(float, centre / volume.shape)) for centre in centres]), "fold": fold,
+    }  # fmt: skip
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("target", type=Path)
+    flags = parser.parse_args(arguments)
+    files = {int(path.stem.removeprefix("tomo")): path for path in flags.source.glob("tomo[0-9]*.npz")}
+    if not files:
+        raise data_error(f"{flags.source}: no tomo*.npz in it; expected DeepFinder's simulated tomograms")
+    rows = [import_tomogram(files[number], number, flags.target) for number in sorted(files)]
+    write_text(flags.target / "labels.csv", pd.DataFrame(rows).to_csv(index=False))
+    print(f"{len(rows)} tomograms: {flags.target / 'tomograms'}, {flags.target / 'labels.csv'}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
