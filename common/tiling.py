@@ -55,6 +55,15 @@ def exact_tiles(shape: Triple, tile: Triple, stride: int, alignment: int, halo: 
         )
 
 
+def balanced_tile(shape: Triple, largest: Triple, alignment: int) -> Triple:
+    """The edges, multiples of alignment, of as few tiles as `largest` allows, all about equally large."""
+    edges = []
+    for n, limit in zip(shape, largest, strict=True):
+        count = -(-n // limit)
+        edges.append(-(-n // (count * alignment)) * alignment)
+    return edges[0], edges[1], edges[2]
+
+
 def run_exactly(
     network: Callable[[Tensor], Tensor], read: Callable[[Box], Tensor], tiles: list[Tile], output: Tensor
 ) -> None:

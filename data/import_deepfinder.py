@@ -33,8 +33,12 @@ def import_tomogram(source: Path, number: int, target: Path) -> dict[str, object
             volume = file["volume"].transpose(2, 1, 0).astype(np.float32)
             centres = file["objects_axis012_label"][:, 2::-1].astype(np.float64)  # z, y, x
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise data_error(f"{source}: not a DeepFinder tomogram ({error}); expected volume, objects_axis012_label") from error
-    write_atomically(target / "tomograms" / f"tomo_{number}.npy", lambda out: np.save(out, np.ascontiguousarray(volume)))
+        raise data_error(
+            f"{source}: not a DeepFinder tomogram ({error}); expected volume, objects_axis012_label"
+        ) from error
+    write_atomically(
+        target / "tomograms" / f"tomo_{number}.npy", lambda out: np.save(out, np.ascontiguousarray(volume))
+    )
     fold = HELD_OUT_FOLDS[number] if number in HELD_OUT_FOLDS else 2 + number % 3
     z, y, x = centres[0]
     depth, height, width = volume.shape

@@ -158,7 +158,7 @@ class Train:
 @dataclasses.dataclass(frozen=True)
 class Inference:
     tiling: Literal["exact", "blended"] = "exact"  # blended: half-overlapping windows, for group norm or SE
-    tile_size: tuple[int, int, int] = (320, 512, 512)  # voxels of output computed at once; bounds the memory
+    tile_size: tuple[int, int, int] = (160, 512, 512)  # voxels of output computed at once; bounds the memory
     overlap: float = 0.5  # of blended windows of convert.patch_size
     precision: Literal["float32", "bfloat16"] = "bfloat16"  # bfloat16 is about 3 times faster on recent CPUs and GPUs
     flips: bool = False  # test-time augmentation: average over the 8 flips (8 times slower)

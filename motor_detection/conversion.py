@@ -8,10 +8,11 @@ import collections
 import dataclasses
 import json
 import multiprocessing
-import multiprocessing.queues
-import queue
 import shutil
+import signal
 import sys
+from collections.abc import Iterator
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,6 @@ from motor_detection.places import ConvertSettings
 from motor_detection.tomograms import load_bytes, open_tomogram
 
 COMPLETE = "complete.json"
-QUEUED_PER_PRODUCER = 4  # patches loaded ahead; bounds the memory
 Message = tuple[str, str, Any]  # kind ("patch", "done", "failed", "end"), tomo_id, content
 
 
@@ -65,16 +65,16 @@ def convert_all(
         return summary
     context = multiprocessing.get_context("spawn")
     producers = min(producers, len(open_jobs))
-    messages: multiprocessing.queues.Queue[Message] = context.Queue(QUEUED_PER_PRODUCER * producers)
-    processes = [
-        context.Process(target=produce, args=(open_jobs[k::producers], messages), daemon=True) for k in range(producers)
-    ]
-    for process in processes:
-        process.start()
+    processes: dict[Connection, Any] = {}  # by the pipe that each one fills; a full pipe makes it wait
+    for k in range(producers):
+        receiver, sender = context.Pipe(duplex=False)
+        processes[receiver] = context.Process(target=produce, args=(open_jobs[k::producers], sender), daemon=True)
+        processes[receiver].start()
+        sender.close()  # the process holds the only one, so that its death ends the pipe
     try:
-        consume(messages, processes, data.patches, settings, summary, len(open_jobs))
+        consume(processes, data.patches, settings, summary, len(open_jobs))
     finally:
-        for process in processes:
+        for process in processes.values():
             process.terminate()
             process.join()
     return summary
@@ -103,8 +103,9 @@ def clear_folder(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def produce(jobs: list[Job], messages: "multiprocessing.queues.Queue[Message]") -> None:
+def produce(jobs: list[Job], messages: "Connection[Message, Message]") -> None:
     """Load tomograms one after the other and send their patches; runs in a process of its own."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the main process says so and ends the others
     torch.set_num_threads(1)
     for job in jobs:
         try:
@@ -114,27 +115,20 @@ def produce(jobs: list[Job], messages: "multiprocessing.queues.Queue[Message]") 
                 voxels = load_bytes(tomogram)
                 for number, plan in enumerate(plans):
                     arrays = cut_patch(voxels, plan, job.label, job.settings.convert.patch_size)
-                    messages.put(("patch", job.label.tomo_id, (number, arrays)))
-            messages.put(("done", job.label.tomo_id, len(plans)))
+                    messages.send(("patch", job.label.tomo_id, (number, arrays)))
+            messages.send(("done", job.label.tomo_id, len(plans)))
         except UserError as error:
-            messages.put(("failed", job.label.tomo_id, error.problems))
-    messages.put(("end", "", None))
+            messages.send(("failed", job.label.tomo_id, error.problems))
+    messages.send(("end", "", None))
 
 
 def consume(
-    messages: "multiprocessing.queues.Queue[Message]",
-    processes: list[Any],
-    folder: Path,
-    settings: ConvertSettings,
-    summary: Summary,
-    num_jobs: int,
+    processes: dict[Connection, Any], folder: Path, settings: ConvertSettings, summary: Summary, num_jobs: int
 ) -> None:
     """Save patches as they come until every producer has ended."""
     written: dict[str, list[str]] = {}
-    ended = 0
     with progress(range(num_jobs), "converting", num_jobs, True) as bar:
-        while ended < len(processes):
-            kind, tomo_id, content = next_message(messages, processes)
+        for kind, tomo_id, content in received(processes):
             if kind == "patch":
                 number, arrays = content
                 arrays["heatmap"] = heatmap_of(arrays, settings)
@@ -152,22 +146,26 @@ def consume(
                 for problem in content:
                     print(f"error: {problem}", file=sys.stderr)
                 bar.update()
-            else:
-                ended += 1
 
 
-def next_message(messages: "multiprocessing.queues.Queue[Message]", processes: list[Any]) -> Message:
-    """The next message, or a data error when a producer was killed (as the system does when memory runs out)."""
-    while True:
-        try:
-            return messages.get(timeout=1.0)
-        except queue.Empty:
-            dead = [process for process in processes if process.exitcode not in (0, None)]
-            if dead:
+def received(processes: dict[Connection, Any]) -> Iterator[Message]:
+    """All messages in order of arrival; a data error when a producer was killed (as the system does without memory)."""
+    still_open = list(processes)
+    while still_open:
+        for receiver in wait(still_open):
+            assert isinstance(receiver, Connection)
+            try:
+                message: Message = receiver.recv()
+            except (EOFError, OSError) as error:  # at a message's end, or inside one
+                processes[receiver].join()
                 raise data_error(
-                    f"convert: a loading process died with exit code {dead[0].exitcode} (out of memory?); what was "
-                    "finished is kept; the same command with fewer convert.producers continues"
-                ) from None
+                    f"convert: a loading process died with exit code {processes[receiver].exitcode} (out of memory?); "
+                    "what was finished is kept; the same command with fewer convert.producers continues"
+                ) from error
+            if message[0] == "end":
+                still_open.remove(receiver)
+            else:
+                yield message
 
 
 def heatmap_of(arrays: dict[str, Any], settings: ConvertSettings) -> Any:

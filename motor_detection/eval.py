@@ -20,6 +20,7 @@ from common.checkpoint import write_text
 from common.command import parse_config, script_parser
 from common.errors import config_error, run_script
 from common.logbook import read_metrics
+from common.memory import keep_freed_memory
 from common.report import Section, write_report
 from motor_detection.config import PRESETS, Config
 from motor_detection.evaluation import Picked, curve_of, evaluate, pick_fold
@@ -116,6 +117,7 @@ def main(arguments: list[str]) -> int:
         raise config_error(
             f"--run: no trained weights in {folder}; train with the same words first, or give --run FOLDER"
         )
+    keep_freed_memory()
     figures = measure(config, folder)
     print(summary(figures, config))
     for name in ("results/metrics.json", "results/picks_test.csv", "figures/picks.png", "report.html"):

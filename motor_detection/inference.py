@@ -18,7 +18,7 @@ from torch import Tensor
 from common.checkpoint import load_checkpoint, load_weights
 from common.config import configure
 from common.errors import data_error
-from common.tiling import Box, Triple, exact_tiles, output_shape, run_blended, run_exactly
+from common.tiling import Box, Triple, balanced_tile, exact_tiles, output_shape, run_blended, run_exactly
 from motor_detection.config import KAGGLE, Config
 from motor_detection.intensity import Intensity, measure_intensity, to_bytes
 from motor_detection.model_defs.motoridentifier import MotorIdentifier
@@ -28,6 +28,7 @@ from motor_detection.trainer import KIND, build_model
 
 IN_MEMORY_BYTES = 512 * 2**20  # a split-level map larger than this lies in a temporary file
 FLIPS: list[tuple[int, ...]] = [(), (0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)]
+COST_CROP = (96, 192, 192)  # voxels on which the working precision is compared with float32
 FLIP_GRID = 32  # voxels; a multiple of every stride and of the deepest level's
 
 
@@ -135,15 +136,19 @@ def two_pass_logits(
     levels = output_shape(shape, fine.stride)
     with tempfile.TemporaryDirectory() as folder:
         features = _allocate((model.split_channels, *levels), dtype, device, Path(folder))
-        run_exactly(model.fine, read, list(exact_tiles(shape, tile, fine.stride, fine.alignment, fine.halo)), features)
+        edges = balanced_tile(shape, tile, fine.alignment)
+        tiles = exact_tiles(shape, edges, fine.stride, fine.alignment, fine.halo)
+        run_exactly(model.fine, read, list(tiles), features)
 
         def read_features(box: Box) -> Tensor:
             (z0, y0, x0), (z1, y1, x1) = box
             return features[None, :, z0:z1, y0:y1, x0:x1].contiguous(memory_format=torch.channels_last_3d)
 
-        edge = [max(coarse.alignment, n // fine.stride // coarse.alignment * coarse.alignment) for n in tile]
+        # a cell of this map is cheap and the halo wide, so its tiles are twice as long on each axis
+        edge = [max(coarse.alignment, 2 * n // fine.stride // coarse.alignment * coarse.alignment) for n in tile]
+        edges = balanced_tile(levels, (edge[0], edge[1], edge[2]), coarse.alignment)
         logits = torch.empty(1, *output_shape(shape, model.stride))
-        tiles = exact_tiles(levels, (edge[0], edge[1], edge[2]), coarse.stride, coarse.alignment, coarse.halo)
+        tiles = exact_tiles(levels, edges, coarse.stride, coarse.alignment, coarse.halo)
         run_exactly(model.coarse, read_features, list(tiles), logits)
     return logits[0]
 
@@ -194,7 +199,7 @@ def pick_motors(models: list[MotorIdentifier], tomogram: Tomogram, config: Confi
 @torch.inference_mode()
 def rounding_cost(model: MotorIdentifier, tomogram: Tomogram, config: Config, device: torch.device) -> float:
     """The largest change of a probability that the working precision causes, on a central crop of the tomogram."""
-    shape, size = tomogram.volume.shape, config.convert.patch_size
+    shape, size = tomogram.volume.shape, COST_CROP
     begin = tuple(max(0, (n - edge) // 2) for n, edge in zip(shape, size, strict=True))
     end = tuple(min(n, b + edge) for n, b, edge in zip(shape, begin, size, strict=True))
     cache = SlabCache(tomogram, measure_intensity(tomogram.volume), {})

@@ -26,6 +26,7 @@ from common.command import script_parser
 from common.config import as_yaml, configure, fingerprint
 from common.errors import BAD_DATA, UserError, config_error, data_error, run_script
 from common.logbook import progress
+from common.memory import keep_freed_memory
 from common.volumes import FILE_SUFFIXES, SLICE_SUFFIXES
 from motor_detection.config import PRESETS, Config
 from motor_detection.copick_files import write_copick_json
@@ -171,6 +172,7 @@ def main(arguments: list[str]) -> int:
     flags = parser.parse_intermixed_args(arguments)
     if not 0 < flags.threshold <= 1:
         raise config_error(f"--threshold {flags.threshold}: expected a score in (0, 1]")
+    keep_freed_memory()
     paths = find_inputs(flags.input)
     models, config = load_ensemble(flags.checkpoint, flags)
     if flags.print_config:

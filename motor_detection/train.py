@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 from common.command import parse_config, script_parser
 from common.errors import data_error, run_script
+from common.memory import keep_freed_memory
 from motor_detection.config import PRESETS, Config
 from motor_detection.convert import convert
 from motor_detection.figures import draw_learning_curve
@@ -39,6 +40,7 @@ def main(arguments: list[str]) -> int:
     config, flags = parse_config(parser, PRESETS, arguments)
     first = "RANK" not in os.environ or os.environ["RANK"] == "0"
     folder = run_folder(config, flags.preset, flags.fresh and first)
+    keep_freed_memory()
     prepare(config)
     data = resolve_data(config)
     labelled, _ = read_tomograms(data)

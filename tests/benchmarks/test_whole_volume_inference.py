@@ -1,0 +1,112 @@
+"""A whole tomogram at full size: exact tiles against the half-overlapping windows of the original system.
+
+Both run the same network in one process. The windows are the original's: 160 x 288 x 288 voxels, half overlap, Gaussian
+weights, float32. Run alone for figures: python -m pytest -m slow tests/benchmarks -s
+"""
+
+import dataclasses
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common.memory import keep_freed_memory
+from common.tiling import run_blended
+from common.volumes import open_volume
+from motor_detection.config import KAGGLE
+from motor_detection.inference import SlabCache, heatmap_logits, working_copy
+from motor_detection.intensity import measure_intensity
+from motor_detection.tomograms import Tomogram
+from motor_detection.trainer import begin
+
+SHAPE = (300, 960, 928)  # the median tomogram of the BYU data
+CPU = torch.device("cpu")
+
+PREDICT = """
+import resource, sys
+sys.argv = ["predict.py", *sys.argv[1:]]
+from motor_detection.predict import main
+code = main(sys.argv[1:])
+print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+sys.exit(code)
+"""
+
+
+def seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+@pytest.fixture(scope="module")
+def tomogram(tmp_path_factory: pytest.TempPathFactory) -> Tomogram:
+    path = tmp_path_factory.mktemp("volume") / "tomo.npy"
+    random = np.random.default_rng(0)
+    np.save(path, random.integers(90, 165, SHAPE, dtype=np.uint8))
+    return Tomogram("tomo", open_volume(path), (15.6, 15.6, 15.6))
+
+
+@pytest.mark.slow
+def test_exact_tiles_are_eight_times_faster_than_half_overlapping_windows(tomogram: Tomogram) -> None:
+    keep_freed_memory()  # as predict.py does; the windows gain from it too
+    model = begin(KAGGLE, CPU).average
+    intensity = measure_intensity(tomogram.volume)
+    fast = working_copy(model, KAGGLE.inference.precision)
+
+    def exact() -> None:
+        heatmap_logits(fast, tomogram, intensity, (), KAGGLE, CPU)
+
+    @torch.inference_mode()
+    def windows(network: torch.nn.Module) -> None:
+        cache = SlabCache(tomogram, intensity, {})
+        run_blended(network, cache.read, SHAPE, KAGGLE.convert.patch_size, model.stride, 0.5)
+
+    plain = working_copy(model, "float32").to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    exact_seconds = min(seconds(exact) for _ in range(3))
+    windows_seconds = seconds(lambda: windows(plain))
+    windows_channels_last = seconds(lambda: windows(working_copy(model, "float32")))
+    print(f"\nexact tiles, bfloat16 {exact_seconds:.1f} s; half overlap, float32 {windows_seconds:.1f} s "
+          f"({windows_seconds / exact_seconds:.1f} x), channels last {windows_channels_last:.1f} s "
+          f"({windows_channels_last / exact_seconds:.1f} x)")  # fmt: skip
+    assert min(windows_seconds, windows_channels_last) / exact_seconds > 8
+
+
+@pytest.mark.slow
+def test_tiled_logits_equal_the_untiled_ones_at_full_size(tmp_path: Path) -> None:
+    """On a crop that fits into memory whole: float32, tiles of a fraction of it."""
+    random = np.random.default_rng(1)
+    np.save(tmp_path / "crop.npy", random.integers(90, 165, (150, 330, 290), dtype=np.uint8))
+    tomogram = Tomogram("crop", open_volume(tmp_path / "crop.npy"), (15.6, 15.6, 15.6))
+    model = begin(KAGGLE, CPU).average
+    torch.nn.init.normal_(model.logit.weight)  # as the initial head is all zero
+    intensity = measure_intensity(tomogram.volume)
+    with torch.inference_mode():
+        untiled = model(SlabCache(tomogram, intensity, {}).read(((0, 0, 0), tomogram.volume.shape)))[0, 0]
+    tile = dataclasses.replace(KAGGLE.inference, tile_size=(64, 128, 96), precision="float32")
+    tiled = heatmap_logits(model, tomogram, intensity, (), dataclasses.replace(KAGGLE, inference=tile), CPU)
+    difference = (tiled - untiled).abs().max().item()
+    print(f"\nlargest difference of logits {difference:.1e} (logits up to {untiled.abs().max().item():.1f})")
+    assert difference < 1e-3
+
+
+@pytest.mark.slow
+def test_predict_needs_less_than_three_gigabytes(tomogram: Tomogram, tmp_path: Path) -> None:
+    from common.checkpoint import save_checkpoint
+
+    save_checkpoint(begin(KAGGLE, CPU).as_checkpoint(KAGGLE), tmp_path / "best.pt")
+    command = [sys.executable, "-c", PREDICT, "--checkpoint", str(tmp_path / "best.pt"), "--input",
+               str(tomogram.volume.path), "--output", str(tmp_path / "out"), "data.voxel_spacing_angstrom=15.6"]  # fmt: skip
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
+    assert done.returncode == 0, done.stderr
+    peak = int(done.stdout.rsplit("peak ", 1)[1]) / 2**20
+    print(
+        f"\npeak memory {peak:.2f} GiB; this process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f}"
+    )
+    assert peak < 3

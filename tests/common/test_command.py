@@ -1,0 +1,248 @@
+"""The shared command line and the exit codes, in one process and through the real entry scripts."""
+
+import dataclasses
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from common.command import parse_config, script_parser
+from common.config import as_yaml, configure
+from common.errors import UserError, config_error, data_error, run_script
+from motor_detection import convert, eval, train
+from motor_detection.config import PRESETS
+
+ROOT = Path(__file__).resolve().parents[2]
+ENTRY_SCRIPTS = sorted(p for p in (ROOT / "motor_detection").glob("*.py") if "run_script(main)" in p.read_text())
+BAD_CALL = ["convert.py", "train.step=3", "train.workers=2.5", "--preset", "kaggle"]
+Mains = pytest.mark.parametrize("main", [train.main, convert.main, eval.main], ids=["train", "convert", "eval"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Beads:
+    count: int = 3  # per box
+
+
+@dataclasses.dataclass(frozen=True)
+class Constants:
+    beads: Beads = Beads()
+
+
+TINY = {"few": Constants(), "many": Constants(Beads(300))}
+
+
+def parsed(*arguments: str) -> int:
+    parser = script_parser("A script.", TINY)
+    parser.add_argument("--fresh", action="store_true")
+    return parse_config(parser, TINY, list(arguments))[0].beads.count
+
+
+@dataclasses.dataclass
+class Ended:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+    """Every entry script's --help and one bad call, all at once, from a folder that is not the repository."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    calls = {script.name: [str(script), "--help"] for script in ENTRY_SCRIPTS}
+    calls["bad call"] = [str(ROOT / "motor_detection" / BAD_CALL[0]), *BAD_CALL[1:]]
+    running = {
+        name: subprocess.Popen(
+            [sys.executable, *call], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=elsewhere
+        )
+        for name, call in calls.items()
+    }
+    outcomes = {}
+    for name, process in running.items():
+        out, err = process.communicate(timeout=120)
+        outcomes[name] = Ended(process.returncode, out, err)
+    assert list(elsewhere.iterdir()) == [], "--help and a bad call write nothing"
+    return outcomes
+
+
+def test_the_first_preset_is_the_default() -> None:
+    assert parsed() == 3
+    assert parsed("--preset", "many") == 300
+
+
+def test_an_unknown_preset_is_named_with_those_there_are() -> None:
+    with pytest.raises(UserError, match="--preset lots: expected one of few, many"):
+        parsed("--preset", "lots")
+
+
+def test_words_and_flags_stand_in_any_order_and_files_apply_left_to_right(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("beads: {count: 10}")
+    second.write_text("beads: {count: 20}")
+    assert parsed("--config", str(first), "--config", str(second)) == 20
+    assert parsed("--config", str(second), "--config", str(first)) == 10
+    assert parsed("beads.count=5", "--fresh", "beads.count=7", "--config", str(first)) == 7
+
+
+def test_run_begins_with_that_runs_config(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(as_yaml(Constants(Beads(55))))
+    parser = script_parser("A script.", TINY)
+    parser.add_argument("--run", type=Path)
+    counts = [
+        parse_config(parser, TINY, arguments)[0].beads.count
+        for arguments in ([], ["--run", str(tmp_path)], ["--run", str(tmp_path), "beads.count=6"])
+    ]
+    assert counts == [3, 55, 6]
+    with pytest.raises(UserError, match="config.yaml: No such file"):
+        parse_config(parser, TINY, ["--run", str(tmp_path / "absent")])
+
+
+@Mains
+@pytest.mark.parametrize("preset", PRESETS)
+def test_print_config_reproduces_the_run(
+    main: Callable[[list[str]], int], preset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train.weight_decay=3e-5", "evaluation.blob_sigmas_angstrom=[70]", "run.name='007'"]
+    for arguments in (["--preset", preset, *words], ["--config", str(tmp_path / "printed.yaml")]):
+        with pytest.raises(SystemExit) as caught:
+            main([*arguments, "--print-config"])
+        assert caught.value.code == 0
+        printed = capsys.readouterr().out
+        (tmp_path / "printed.yaml").write_text(printed)
+        assert configure(PRESETS["phantom"], [tmp_path / "printed.yaml"], []) == configure(PRESETS[preset], [], words)
+
+
+def test_all_entry_scripts_were_found() -> None:
+    assert {"train.py", "convert.py", "eval.py", "predict.py"} <= {script.name for script in ENTRY_SCRIPTS}
+
+
+@pytest.mark.parametrize("script", ENTRY_SCRIPTS, ids=lambda path: path.name)
+def test_help_lists_the_shared_flags_and_the_constants_with_their_comments(
+    script: Path, ended: dict[str, Ended]
+) -> None:
+    outcome = ended[script.name]
+    assert (outcome.code, outcome.err) == (0, "")
+    assert f"usage: {script.name}" in outcome.out
+    for shown in ("--preset", "--config", "--print-config", "section.name=value"):
+        assert shown in outcome.out
+    for section in dataclasses.fields(PRESETS["phantom"]):
+        for constant in dataclasses.fields(getattr(PRESETS["phantom"], section.name)):
+            assert f"  {section.name}.{constant.name} = " in outcome.out
+    assert "of weights, order, augmentation and dropout" in outcome.out
+
+
+def test_a_bad_config_ends_with_code_2_and_one_line_per_problem(ended: dict[str, Ended]) -> None:
+    outcome = ended["bad call"]
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.splitlines() == [
+        "error: train.step: no such constant; did you mean train.steps?",
+        "error: train.workers: expected a whole number, got 2.5",
+    ]
+
+
+def test_a_seed_that_no_generator_takes_is_refused_in_the_config() -> None:
+    """Addressed randomness takes seeds from 0; a negative one would end in a traceback within the run."""
+    named = ["convert.seed", "evaluation.seed", "phantom.seed", "train.seed"]
+    with pytest.raises(UserError) as caught:
+        configure(PRESETS["phantom"], [], [f"{name}=-1" for name in named])
+    assert sorted(problem.partition(":")[0] for problem in caught.value.problems) == named
+
+
+def code_of(main: Callable[[list[str]], int]) -> object:
+    with pytest.raises(SystemExit) as caught:
+        run_script(main)
+    return caught.value.code
+
+
+def raising(error: BaseException) -> Callable[[list[str]], int]:
+    def main(arguments: list[str]) -> int:
+        raise error
+
+    return main
+
+
+def test_the_exit_code_is_that_of_main_which_gets_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr(sys, "argv", ["script.py", "a", "--b"])
+    assert code_of(lambda arguments: seen.append(arguments) or 0) == 0
+    assert seen == [["a", "--b"]]
+    assert code_of(lambda arguments: 1) == 1
+
+
+@pytest.mark.parametrize(("make", "code"), [(config_error, 2), (data_error, 1)])
+def test_user_errors_become_lines_and_codes(
+    make: Callable[..., UserError], code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert code_of(raising(make("a.b: wrong; give c", "d: worse"))) == code
+    assert capsys.readouterr() == ("", "error: a.b: wrong; give c\nerror: d: worse\n")
+
+
+def test_ctrl_c_ends_with_130(capsys: pytest.CaptureFixture[str]) -> None:
+    assert code_of(raising(KeyboardInterrupt())) == 130
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("interrupted: ")
+    assert err.count("\n") == 1
+
+
+def test_our_own_faults_are_not_hidden() -> None:
+    with pytest.raises(ZeroDivisionError):
+        run_script(raising(ZeroDivisionError()))
+
+
+def script_of(body: str) -> list[str]:
+    """A Python command whose main has this body; it may print and sleep."""
+    lines = ["import sys, time", f"sys.path[0] = {str(ROOT)!r}", "from common.errors import run_script"]
+    return [sys.executable, "-c", "\n".join([*lines, "def main(arguments):", f"    {body}", "run_script(main)"])]
+
+
+def test_a_real_interrupt_leaves_no_traceback() -> None:
+    process = subprocess.Popen(
+        script_of("print('ready', flush=True); time.sleep(60)"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert err.startswith("interrupted: ")
+
+
+@pytest.mark.parametrize("letters", [10, 200_000], ids=["at exit", "while printing"])
+def test_a_reader_that_leaves_early_sees_no_traceback(letters: int) -> None:
+    """As in `script.py | head -1`: less than a buffer is only written when the script ends."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        script_of(f"print('x' * {letters}); return 0"),
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        env=environment,
+        check=False,
+    )
+    os.close(writing)
+    assert done.stderr == b""
+    assert done.returncode in (0, 1)
+
+
+class MissingSlices(UserError):
+    """Errors of workers may be of a kind of their own."""
+
+
+@pytest.mark.parametrize("error", [config_error("a", "b"), data_error("ü"), MissingSlices(1, ["c"])])
+def test_user_errors_survive_the_way_from_a_worker(error: UserError) -> None:
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is type(error)
+    assert (again.exit_code, again.problems, str(again)) == (error.exit_code, error.problems, str(error))
+    assert str(error) == "\n".join(error.problems)

@@ -1,0 +1,150 @@
+"""A run's folder: claimed by one identity, its table of figures exact, its progress silent off a terminal."""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import io
+import json
+import math
+import re
+import shutil
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from common.errors import WRONG_CALL, UserError
+from common.logbook import VERSIONED, Scalars, environment, open_run, progress, read_metrics, write_metrics
+
+IDENTITY = "train:\n  seed: 1\n  steps: 10\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class Constants:
+    steps: int = 10
+    root: Path = Path("runs")
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def test_a_new_run_records_its_config_and_environment(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "a"
+    open_run(folder, Constants(), IDENTITY, ["train.py", "steps=10"])
+    assert yaml.safe_load((folder / "config.yaml").read_text()) == {"steps": 10, "root": "runs"}
+    assert json.loads((folder / "environment.json").read_text())["command"] == "train.py steps=10"
+
+
+def test_the_same_run_continues_with_its_first_environment_and_its_latest_config(tmp_path: Path) -> None:
+    open_run(tmp_path, Constants(), IDENTITY, ["first"])
+    before = content(tmp_path)
+    open_run(tmp_path, Constants(root=Path("elsewhere")), IDENTITY, ["second"])
+    after = content(tmp_path)
+    assert after["environment.json"] == before["environment.json"]
+    assert "root: elsewhere" in after["config.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("identity", "shown"),
+    [
+        ("train:\n  seed: 2\n  steps: 11\n", "seed: 2"),
+        ("train:\n  seed: 1\n  steps: 10\n  rate: 3\n", "rate: 3"),
+        ("train:\n  seed: 1\n", "another version's names"),
+    ],
+)
+def test_a_folder_of_another_run_is_refused_and_left_as_it_is(tmp_path: Path, identity: str, shown: str) -> None:
+    open_run(tmp_path, Constants(), IDENTITY, ["first"])
+    before = content(tmp_path)
+    with pytest.raises(UserError) as caught:
+        open_run(tmp_path, Constants(steps=11), identity, ["second"])
+    assert caught.value.exit_code == WRONG_CALL
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"run.name: {tmp_path} holds a run of another config (here {shown});")
+    assert content(tmp_path) == before
+
+
+def test_the_environment_names_what_it_takes_to_repeat_a_run() -> None:
+    found = environment(["python", "train.py"])
+    assert found.keys() == {"command", "commit", "python", "platform", "device", "versions"}
+    assert found["command"] == "python train.py"
+    assert found["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert re.fullmatch(r"unknown|\S*[0-9a-f]{7,}\S*", found["commit"])
+    assert found["versions"] == {name: importlib.metadata.version(name) for name in VERSIONED}
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_without_git_the_commit_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert environment([])["commit"] == "unknown"
+
+
+def test_metrics_come_back_as_they_were(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    records = [
+        {"step": float(step), "loss": float(draw.normal() * 10.0 ** draw.integers(-300, 300))} for step in range(50)
+    ]
+    records += [{"step": 50.0, "f_beta": 0.1 + 0.2}, {"f_beta": math.inf, "best, of all": -0.0}]
+    write_metrics(tmp_path / "metrics.csv", records)
+    assert read_metrics(tmp_path / "metrics.csv") == records
+    assert math.copysign(1, read_metrics(tmp_path / "metrics.csv")[-1]["best, of all"]) == -1
+
+
+def test_a_figure_that_is_not_a_number_stays_one(tmp_path: Path) -> None:
+    write_metrics(tmp_path / "metrics.csv", [{"step": 1, "dice": math.nan}])
+    (record,) = read_metrics(tmp_path / "metrics.csv")
+    assert math.isnan(record["dice"])
+
+
+def test_columns_stand_in_order_of_first_appearance_and_cells_may_be_empty(tmp_path: Path) -> None:
+    write_metrics(tmp_path / "metrics.csv", [{"step": 1, "loss": np.float64(0.5)}, {"dice": 0.25, "step": 2}])
+    assert (tmp_path / "metrics.csv").read_text() == "step,loss,dice\n1,0.5,\n2,,0.25\n"
+    write_metrics(tmp_path / "metrics.csv", [])
+    assert read_metrics(tmp_path / "metrics.csv") == []
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stream", "shown", "speaks"), [(Terminal(), True, True), (Terminal(), False, False), (io.StringIO(), True, False)]
+)
+def test_progress_is_shown_on_a_terminal_only(
+    stream: io.StringIO, shown: bool, speaks: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert list(progress(iter("abc"), "reading", 3, shown)) == ["a", "b", "c"]
+    assert ("reading" in stream.getvalue()) == speaks
+    assert speaks or stream.getvalue() == ""
+    assert capfd.readouterr() == ("", "")
+
+
+def test_without_tensorboard_curves_are_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    Scalars(tmp_path, [{"step": 1, "loss": 2.0}]).add({"step": 2, "loss": 1.0})
+    assert not list(tmp_path.iterdir())
+
+
+def test_with_tensorboard_a_continued_run_shows_its_whole_curve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, float, float]] = []
+
+    class SummaryWriter:
+        def __init__(self, folder: str) -> None:
+            assert folder == str(tmp_path)
+
+        def add_scalar(self, name: str, value: float, step: float) -> None:
+            seen.append((name, value, step))
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    Scalars(tmp_path, [{"step": 1, "loss": 2.0}]).add({"step": 2, "loss": 1.0})
+    assert [entry for entry in seen if entry[0] == "loss"] == [("loss", 2.0, 1), ("loss", 1.0, 2)]

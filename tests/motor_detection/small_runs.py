@@ -1,0 +1,142 @@
+"""Tomograms, patches and runs small enough for tests: everything on disk, a network of a few thousand weights."""
+
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+from common.config import as_yaml
+from common.streams import random_for
+from common.volumes import write_slice_folder
+from motor_detection import conversion
+from motor_detection.config import KAGGLE, Config
+from motor_detection.convert import convert
+from motor_detection.labels import LabelledTomogram, write_relabelled
+from motor_detection.places import read_tomograms
+from motor_detection.trainer import Patches, choose_patches
+
+ROOT = Path(__file__).resolve().parents[2]
+SPACING_ANGSTROM = 13.1
+SHAPE = (34, 46, 58)  # voxels z, y, x; no two axes alike
+FOLDS = (2, 3, 2, 3, 0, 0, 1)  # of tomograms 0, 1 ...: four to train on, two to validate, one to test
+
+
+def small_config(folder: Path) -> Config:
+    """Training on the tomograms of write_tomograms(folder): 60 short steps."""
+    convert_settings = dataclasses.replace(
+        KAGGLE.convert, patch_size=(32, 32, 32), single=4.0, multi=1.0, hard_negative=0.0, negative=2.0, producers=1
+    )
+    return dataclasses.replace(
+        KAGGLE,
+        data=dataclasses.replace(
+            KAGGLE.data, root=folder / "tomograms", labels=folder / "labels.csv", patches=folder / "patches"
+        ),
+        convert=convert_settings,
+        model=dataclasses.replace(KAGGLE.model, channels=(4, 4, 8, 8, 8), fusion_channels=8),
+        loss=dataclasses.replace(KAGGLE.loss, positive_weight=10.0),
+        train=dataclasses.replace(
+            KAGGLE.train, steps=60, batch_size=4, micro_batch_size=2, learning_rate_backbone=1e-3,
+            learning_rate_head=2e-3, precision="float32", validate_every=20, checkpoint_every=5, workers=0,
+        ),
+        inference=dataclasses.replace(KAGGLE.inference, precision="float32", tile_size=(32, 32, 32)),
+        run=dataclasses.replace(KAGGLE.run, root=folder / "runs", name="run"),
+    )  # fmt: skip
+
+
+def tomogram_label(number: int) -> LabelledTomogram:
+    """Tomogram `number` has 0, 1 or 2 motors."""
+    motors = random_for("small motors", number).uniform(4, np.array(SHAPE) - 4, (number % 3, 3))
+    return LabelledTomogram(f"tomo_{number}", SHAPE, SPACING_ANGSTROM, motors, FOLDS[number])
+
+
+def tomogram_voxels(label: LabelledTomogram) -> np.ndarray:
+    """Noise around 140, dark blobs where the motors are; uint8 [z, y, x]."""
+    voxels = random_for(f"voxels of {label.tomo_id}").normal(140, 25, label.shape)
+    grid = np.stack(np.meshgrid(*[np.arange(n) for n in label.shape], indexing="ij"), -1)
+    for motor in label.motors:
+        voxels -= 80 * np.exp(-((grid - motor) ** 2).sum(-1) / (2 * 6.0**2))
+    return np.clip(np.rint(voxels), 0, 255).astype(np.uint8)
+
+
+def write_tomograms(folder: Path, numbers: range) -> None:
+    """folder/tomograms/tomo_*/slice_*.png and folder/labels.csv."""
+    labels = [tomogram_label(number) for number in numbers]
+    (folder / "tomograms").mkdir(parents=True)
+    for label in labels:
+        write_slice_folder(tomogram_voxels(label), folder / "tomograms" / label.tomo_id, ".png")
+    write_relabelled(folder / "labels.csv", labels)
+
+
+@contextlib.contextmanager
+def producers_forked() -> Iterator[None]:
+    """Spawned producers import torch for seconds; forked ones start at once."""
+    forked = multiprocessing.get_context("fork")
+    with mock.patch.object(conversion.multiprocessing, "get_context", lambda _kind: forked):
+        yield
+
+
+def small_patches(config: Config) -> Patches:
+    """Convert the tomograms of a small config and choose the run's patches."""
+    with producers_forked():
+        summary = convert(config, False)
+    assert not summary.failed, summary.failed
+    labelled, _ = read_tomograms(config.data)
+    return choose_patches(config, config.data.patches, labelled)
+
+
+def script(name: str, config: Config, folder: Path, processes: int, words: list[str]) -> list[str]:
+    """The command line of an entry script under a config; 0 processes: without torchrun."""
+    written = folder / f"{name}.yaml"
+    written.write_text(as_yaml(config))
+    launcher = [sys.executable]
+    if processes:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [*launcher, str(ROOT / "motor_detection" / name), "--preset", "kaggle", "--config", str(written), *words]
+
+
+def run_command(command: list[str]) -> "subprocess.CompletedProcess[str]":
+    """Run to the end; from a folder that is not the repository, on one thread."""
+    return subprocess.run(command, capture_output=True, text=True, cwd="/", env=environment(), check=False)
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def family(ancestor: int) -> set[int]:
+    """A process and all its living descendants; torchrun gives its workers sessions of their own."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if fields[0] != "Z":
+                parents[int(entry.name)] = int(fields[1])
+    members = {ancestor}
+    while more := {child for child, parent in parents.items() if parent in members} - members:
+        members |= more
+    return members & (parents.keys() | {ancestor})
+
+
+def differing(one: Any, other: Any, path: str) -> list[str]:
+    """Paths inside two nested states whose values differ in any bit."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        assert one.keys() == other.keys(), f"{path}: {one.keys() ^ other.keys()}"
+        return [place for key in one for place in differing(one[key], other[key], f"{path}/{key}")]
+    if isinstance(one, list | tuple):
+        assert len(one) == len(other), f"{path}: {len(one)} and {len(other)}"
+        return [place for i in range(len(one)) for place in differing(one[i], other[i], f"{path}/{i}")]
+    if isinstance(one, torch.Tensor):
+        return [] if torch.equal(one, other) else [path]
+    return [] if one == other or (one != one and other != other) else [path]  # NaN equals NaN here
