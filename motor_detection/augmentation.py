@@ -43,7 +43,7 @@ def draw_placement(
 ) -> tuple[Placement, float]:
     """A placement and its magnification. All numbers are drawn whether used or not, so that one setting moves one."""
     flips = random.random(3) < settings.flip
-    turns = int(random.integers(1, 4)) if random.random() < settings.turn else 0
+    turns = int(random.integers(1, 4)) * int(random.random() < settings.turn)
     matrix, shift = draw_affine(random, settings.rotation_degrees, settings.scale, settings.shift * np.array(size))
     magnification = float(np.cbrt(np.linalg.det(matrix)))
     if random.random() >= settings.affine:

@@ -11,8 +11,8 @@ class MotorPhantom:
     """Simulated cryo-electron tomograms of bacteria with and without flagellar motors."""
 
     seed: int = 0
-    train_tomograms: int = 72  # folds 2, 3, 4 in turn
-    validation_tomograms: int = 24  # fold 0: where thresholds are chosen
+    train_tomograms: int = 120  # folds 2, 3, 4 in turn
+    validation_tomograms: int = 40  # fold 0: where thresholds are chosen
     test_tomograms: int = 48  # fold 1: where figures are reported
     shape: tuple[int, int, int] = (64, 208, 224)  # voxels z, y, x: at 15 angstrom about 0.1 x 0.31 x 0.34 micrometres
     shape_jitter: float = 0.06  # share by which an axis shrinks or grows, so that no axis can be taken for another

@@ -13,6 +13,7 @@ from common.tiling import (
     Box,
     Tile,
     Triple,
+    balanced_tile,
     exact_tiles,
     gaussian_weights,
     output_shape,
@@ -143,6 +144,18 @@ def test_a_tile_that_does_not_keep_to_the_grid_is_refused() -> None:
     for tile, stride, alignment in (((8, 8, 6), 1, 4), ((8, 8, 8), 4, 2)):
         with pytest.raises(AssertionError):
             next(exact_tiles((9, 9, 9), tile, stride, alignment, 1))
+
+
+def test_balanced_tiles_are_as_few_as_the_largest_would_make_and_nearly_equal() -> None:
+    draw = np.random.default_rng(0)
+    for _ in range(300):
+        alignment = int(draw.integers(1, 9))
+        shape, largest = triple(draw.integers(1, 200, 3)), triple(alignment * draw.integers(1, 12, 3))
+        for n, limit, edge in zip(shape, largest, balanced_tile(shape, largest, alignment), strict=True):
+            assert edge % alignment == 0
+            assert 0 < edge <= limit
+            assert -(-n // edge) == -(-n // limit), "as few"
+            assert edge - alignment < n / -(-n // limit), "no larger than an equal share, to the next multiple"
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -14,6 +14,7 @@ from unittest import mock
 import numpy as np
 import torch
 
+from common.blocks import NormName
 from common.config import as_yaml
 from common.streams import random_for
 from common.volumes import write_slice_folder
@@ -21,8 +22,9 @@ from motor_detection import conversion
 from motor_detection.config import KAGGLE, Config
 from motor_detection.convert import convert
 from motor_detection.labels import LabelledTomogram, write_relabelled
+from motor_detection.model_defs.motoridentifier import MotorIdentifier
 from motor_detection.places import read_tomograms
-from motor_detection.trainer import Patches, choose_patches
+from motor_detection.trainer import Patches, build_model, choose_patches
 
 ROOT = Path(__file__).resolve().parents[2]
 SPACING_ANGSTROM = 13.1
@@ -91,6 +93,24 @@ def small_patches(config: Config) -> Patches:
     assert not summary.failed, summary.failed
     labelled, _ = read_tomograms(config.data)
     return choose_patches(config, config.data.patches, labelled)
+
+
+def random_network(stride: int, norm: NormName, squeeze_excitation: bool) -> MotorIdentifier:
+    """A narrow network, in eval mode, whose every weight, bias and running statistic was drawn at random."""
+    torch.manual_seed(7)
+    settings = dataclasses.replace(
+        KAGGLE.model, channels=(3, 4, 4, 5, 5), fusion_channels=4, stride=stride,
+        norm=norm, squeeze_excitation=squeeze_excitation,
+    )  # fmt: skip
+    model = build_model(settings)
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if name.endswith("running_var"):
+                value.uniform_(0.5, 1.5)
+            elif value.is_floating_point() and "conv" not in name and "stem" not in name:
+                spread, middle = (3.0 if "logit" in name else 0.3), float("norm" in name and "weight" in name)
+                value.copy_(middle + spread * torch.randn_like(value))
+    return model.eval()
 
 
 def script(name: str, config: Config, folder: Path, processes: int, words: list[str]) -> list[str]:

@@ -7,29 +7,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from common.blocks import NormName
 from common.tiling import exact_tiles, output_shape, run_exactly
 from motor_detection.config import KAGGLE, PHANTOM
 from motor_detection.model_defs.motoridentifier import PRIOR, MotorIdentifier, Reach, count_parameters
 from motor_detection.trainer import build_model
+from tests.motor_detection.small_runs import random_network
 
 STRIDES = (2, 4, 8, 16)
 
 
-def small_network(stride: int, norm: str, squeeze_excitation: bool) -> MotorIdentifier:
-    """A narrow network whose every weight, bias and running statistic was drawn at random; in eval mode, float64."""
-    torch.manual_seed(7)
-    settings = dataclasses.replace(
-        KAGGLE.model, channels=(3, 4, 4, 5, 5), fusion_channels=4, stride=stride,
-        norm=norm, squeeze_excitation=squeeze_excitation,
-    )  # fmt: skip
-    model = build_model(settings)
-    with torch.no_grad():
-        for name, value in model.state_dict().items():
-            if name.endswith("running_var"):
-                value.uniform_(0.5, 1.5)
-            elif value.is_floating_point() and "conv" not in name and "stem" not in name:
-                value.copy_(torch.randn_like(value) * 0.3 + (1.0 if "norm" in name and "weight" in name else 0.0))
-    return model.eval().double()
+def small_network(stride: int, norm: NormName, squeeze_excitation: bool) -> MotorIdentifier:
+    return random_network(stride, norm, squeeze_excitation).double()
 
 
 def test_the_full_preset_has_about_four_million_parameters(capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,7 +122,7 @@ def test_a_change_outside_the_halo_changes_nothing_and_inside_it_does(stride: in
     ("norm", "squeeze_excitation", "is_local"),
     [("batch", False, True), ("batch", True, False), ("group", False, False), ("group", True, False)],
 )
-def test_only_batch_norm_without_gates_is_local(norm: str, squeeze_excitation: bool, is_local: bool) -> None:
+def test_only_batch_norm_without_gates_is_local(norm: NormName, squeeze_excitation: bool, is_local: bool) -> None:
     """is_local is true exactly where a far change leaves a cell alone."""
     model = small_network(2, norm, squeeze_excitation)
     assert model.is_local == is_local
@@ -147,7 +136,7 @@ def test_only_batch_norm_without_gates_is_local(norm: str, squeeze_excitation: b
     assert same == is_local
 
 
-def largest_tile_error(norm: str) -> float:
+def largest_tile_error(norm: NormName) -> float:
     """How far logits from three tiles, halo included, are from those of the whole volume, in standard deviations."""
     model = small_network(16, norm, False)
     shape = (960, 32, 40)
