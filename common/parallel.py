@@ -39,9 +39,10 @@ def average_gradients(model: nn.Module) -> None:
     assert len(gradients) == expected, f"Expected {expected} gradients, got {len(gradients)}: a parameter has no part"
     if dist.get_world_size() == 1:
         return
-    flat = nn.utils.parameters_to_vector(gradients) / dist.get_world_size()
+    flat = torch.cat([gradient.flatten() for gradient in gradients]) / dist.get_world_size()
     dist.all_reduce(flat)
-    nn.utils.vector_to_parameters(flat, gradients)
+    for gradient, mean in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view(gradient.shape))  # its own memory format stays
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ def augmented_batch(
         turned = batch.spacing_angstrom[number]
         if placement.quarter_turns % 2:
             turned = turned[[0, 2, 1]]
-        sigmas.append(sigma_angstrom * magnification / turned)
+        sigmas.append(sigma_angstrom / turned * torch.tensor([1.0, magnification, magnification], device=turned.device))
     image, heat = torch.stack(moved), render_heatmaps(torch.stack(motors), torch.stack(sigmas), size, stride)
     return blend_neighbours(image, heat, batch.position.tolist(), settings.mixup, seed)
 
@@ -45,7 +45,7 @@ def draw_placement(
     flips = random.random(3) < settings.flip
     turns = int(random.integers(1, 4)) * int(random.random() < settings.turn)
     matrix, shift = draw_affine(random, settings.rotation_degrees, settings.scale, settings.shift * np.array(size))
-    magnification = float(np.cbrt(np.linalg.det(matrix)))
+    magnification = float(np.sqrt(np.linalg.det(matrix)))  # in the y-x plane
     if random.random() >= settings.affine:
         return Placement((bool(flips[0]), bool(flips[1]), bool(flips[2])), turns, None, np.zeros(3)), 1.0
     return Placement((bool(flips[0]), bool(flips[1]), bool(flips[2])), turns, matrix, shift), magnification

@@ -36,7 +36,7 @@ def measure(config: Config, folder: Path) -> dict[str, float | int | str]:
     """Pick, judge, write everything into the run's folder; return the figures."""
     if config.data.test_fold < 0:
         raise config_error(
-            "data.test_fold: -1 keeps no fold for a report; pool the folds of several runs instead: --pool"
+            "data.test_fold: -1 keeps no fold to report; pool the runs of several folds with crossval.py instead"
         )
     device = inference_device()
     model, _ = load_model(folder / "checkpoints" / "best.pt", device)
