@@ -45,7 +45,9 @@ def check_folds(configs: list[Config], runs: list[Path]) -> None:
         raise config_error(f"RUN: expected at least two runs of different data.validation_fold, got folds {folds}")
     for config, run in zip(configs, runs, strict=True):
         if (config.data.labels, config.evaluation) != (configs[0].data.labels, configs[0].evaluation):
-            raise config_error(f"{run}: differs from {runs[0]} in data.labels or evaluation; pooled figures need them equal")
+            raise config_error(
+                f"{run}: differs from {runs[0]} in data.labels or evaluation; pooled figures need them equal"
+            )
         if config.data.test_fold >= 0:
             print(f"warning: {run} left fold {config.data.test_fold} out of training (data.test_fold); -1 would use it")
 
@@ -61,16 +63,14 @@ def main(arguments: list[str]) -> int:
     settings = configs[0].evaluation
     picked = [pick_own_fold(run)[0] for run in flags.run]
     counts, threshold = cross_fitted([[one.scored for one in fold] for fold in picked], settings)
-    pooled = f_beta_interval(
-        counts, settings.beta, settings.bootstrap_resamples, settings.confidence, settings.seed
-    )
+    pooled = f_beta_interval(counts, settings.beta, settings.bootstrap_resamples, settings.confidence, settings.seed)
     name = f"f{settings.beta:g}"
     figures = {name: pooled.estimate, f"{name}_low": pooled.low, f"{name}_high": pooled.high,
                "n": len(counts), "folds": len(picked), "mean_threshold": threshold}  # fmt: skip
     write_text(flags.output / "crossval.json", json.dumps(figures, indent=2) + "\n")
     write_picks_csv(flags.output / "picks_out_of_fold.csv", [one.picks for fold in picked for one in fold])
     print(f"out-of-fold {name.upper()} {pooled.estimate:.3f} ({settings.confidence:.0%} interval {pooled.low:.3f} to "
-          f"{pooled.high:.3f}, n = {len(counts)} tomograms in {len(picked)} folds, mean threshold {threshold:.3f})")  # fmt: skip
+          f"{pooled.high:.3f}, n = {len(counts)} tomograms in {len(picked)} folds, threshold {threshold:.3f})")  # fmt: skip
     print(flags.output / "crossval.json", flags.output / "picks_out_of_fold.csv", sep="\n")
     return 0
 

@@ -1,7 +1,6 @@
 """Figures that can be believed: threshold from validation, one look at the test tomograms, baseline and chance beside."""
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -62,17 +61,7 @@ def pick_fold(
     description: str,
 ) -> list[Picked]:
     """Picks of the network and of the blob picker in every tomogram of a fold."""
-    return list(_pick_each(labelled, paths, models, config, device, description))
-
-
-def _pick_each(
-    labelled: list[LabelledTomogram],
-    paths: dict[str, Path],
-    models: list[MotorIdentifier],
-    config: Config,
-    device: torch.device,
-    description: str,
-) -> Iterator[Picked]:
+    picked = []
     for label in progress(labelled, description, len(labelled), True):
         tomogram = open_tomogram(paths[label.tomo_id], label, config.data.voxel_spacing_angstrom)
         peaks = pick_motors(models, tomogram, config, device)
@@ -87,7 +76,9 @@ def _pick_each(
             config.inference.min_distance_angstrom,
             config.inference.max_picks,
         )
-        yield Picked(tomogram, picks, ScoredTomogram(peaks.points, peaks.scores, label.motors, spacing), blobs)
+        scored = ScoredTomogram(peaks.points, peaks.scores, label.motors, spacing)
+        picked.append(Picked(tomogram, picks, scored, blobs))
+    return picked
 
 
 def curve_of(tomograms: list[ScoredTomogram], settings: Evaluation) -> DetectionCurve:

@@ -19,11 +19,13 @@ if __name__ == "__main__":
 
 import argparse
 import dataclasses
+import hashlib
 
 import torch
 
+from common.checkpoint import write_text
 from common.command import script_parser
-from common.config import as_yaml, configure, fingerprint
+from common.config import as_yaml, configure
 from common.errors import BAD_DATA, UserError, config_error, data_error, run_script
 from common.logbook import progress
 from common.memory import keep_freed_memory
@@ -134,17 +136,12 @@ def write_all(picks: list[TomogramPicks], output: Path, threshold: float, style:
 
 def claim_output(output: Path, config: Config, checkpoints: list[Path]) -> None:
     """Finished tomograms are only kept where they came from the same weights and constants."""
-    import hashlib
-
-    from common.checkpoint import write_text
-
     weights = [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in checkpoints]
-    text = f"# weights {' '.join(weights)}, constants {fingerprint(config)}\n{as_yaml(config)}"
+    text = f"# weights {' '.join(weights)}\n{as_yaml(config)}"
     recorded = output / "config.yaml"
-    if recorded.exists() and recorded.read_text() != text:
-        raise config_error(
-            f"--output {output}: holds picks of other weights or constants; give another folder, or --fresh"
-        )
+    other = recorded.exists() and recorded.read_text() != text
+    if other and any((output / "tomograms").glob("*.csv")):
+        raise config_error(f"--output {output}: holds picks of other weights or constants; give another folder, or --fresh")
     write_text(recorded, text)
 
 

@@ -8,7 +8,6 @@ import dataclasses
 import itertools
 import json
 import multiprocessing
-import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -20,6 +19,7 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
+from common.checkpoint import write_text
 from common.errors import config_error
 from common.streams import random_for
 from data.phantoms.motor_clutter import draw_scene
@@ -96,8 +96,8 @@ def write_phantom(settings: MotorPhantom, folder: Path, num_processes: int) -> P
         ):
             pass
     if missing or not labels.exists() or not (folder / "settings.json").exists():
-        write_atomically(labels, label_table(settings).to_csv(index=False))
-        write_atomically(folder / "settings.json", described(settings))
+        write_text(labels, label_table(settings).to_csv(index=False))
+        write_text(folder / "settings.json", described(settings))
         (folder / "unfinished.json").unlink(missing_ok=True)
     return labels
 
@@ -112,22 +112,12 @@ def claim_folder(settings: MotorPhantom, folder: Path) -> None:
                 " delete the folder or name another"
             )
     if not (folder / "settings.json").exists():
-        write_atomically(folder / "unfinished.json", described(settings))
+        write_text(folder / "unfinished.json", described(settings))
 
 
 def described(settings: MotorPhantom) -> str:
     """The settings as JSON, with the generator's version."""
     return json.dumps({"generator_version": GENERATOR_VERSION, **dataclasses.asdict(settings)}, indent=1) + "\n"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write beside and rename, so that a file is there completely or not at all."""
-    beside = path.with_name(f"{path.name}.writing")
-    with beside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
 
 
 def written(settings: MotorPhantom, images: Path, indices: list[int], num_processes: int) -> Iterator[None]:

@@ -199,6 +199,17 @@ def test_the_best_weights_give_the_logged_figures_again(data_folder: Path, tmp_p
     assert again.items() <= best["measured"].items()
 
 
+def test_best_is_the_highest_average_precision_and_of_equals_the_latest(data_folder: Path, tmp_path: Path) -> None:
+    config = small_config(data_folder)
+    state = begin(config, CPU)
+    kept = []
+    with process_group(True):
+        for state.step, precision in enumerate((0.0, 0.5, 0.3, 0.5, 0.7, 0.6)):
+            keep_if_best(state, {"average_precision": precision}, tmp_path, config)
+            kept.append(load_checkpoint(tmp_path / "checkpoints/best.pt", KIND)["step"])
+    assert kept == [0, 1, 1, 3, 4, 4]
+
+
 def test_validation_scores_every_patch_once(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the micro-batch; and the figures do not depend on it."""
     config = small_config(data_folder)
