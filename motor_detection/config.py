@@ -133,6 +133,7 @@ class Train:
     max_gradient_norm: float = 1.0  # clipped after unscaling and averaging
     ema_decay: float = 0.999  # of the averaged weights that are validated and saved as best
     precision: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # of the forward pass; losses are float32
+    log_every: int = 20  # steps; rows of metrics.csv
     validate_every: int = 500  # steps
     checkpoint_every: int = 100  # steps; a killed run repeats at most these
     workers: int = 4  # processes that read patches (0 = none)
@@ -142,7 +143,7 @@ class Train:
     def problems(self) -> Iterator[str]:
         if self.batch_size < 1 or self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size:
             yield f"batch_size: expected a multiple of train.micro_batch_size={self.micro_batch_size}, got {self.batch_size}"
-        for name in ("steps", "validate_every", "checkpoint_every"):
+        for name in ("steps", "log_every", "validate_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 yield f"{name}: expected at least 1, got {getattr(self, name)}"
         for name in ("warmup_share", "ema_decay"):
@@ -234,13 +235,13 @@ PHANTOM = dataclasses.replace(
     KAGGLE,
     data=dataclasses.replace(KAGGLE.data, source="phantom", root=Path("data/generated/motor")),
     convert=dataclasses.replace(
-        KAGGLE.convert, patch_size=(64, 96, 96), single=4.0, multi=2.0, hard_negative=1.0, negative=2.0
+        KAGGLE.convert, patch_size=(64, 96, 96), single=6.0, multi=2.0, hard_negative=1.0, negative=8.0
     ),
     model=dataclasses.replace(
         KAGGLE.model, channels=(8, 16, 32, 64, 96), fusion_channels=48, drop_path=0.0, dropout=0.0
     ),
-    loss=dataclasses.replace(KAGGLE.loss, positive_weight=10.0),
-    augment=dataclasses.replace(KAGGLE.augment, affine=0.0),
+    loss=dataclasses.replace(KAGGLE.loss, positive_weight=3.0),
+    augment=dataclasses.replace(KAGGLE.augment, affine=0.7, rotation_degrees=45.0),
     train=dataclasses.replace(
         KAGGLE.train,
         steps=1200,
@@ -248,8 +249,9 @@ PHANTOM = dataclasses.replace(
         micro_batch_size=8,
         learning_rate_backbone=2e-3,
         learning_rate_head=2e-3,
-        ema_decay=0.98,
-        validate_every=100,
+        ema_decay=0.99,
+        log_every=10,
+        validate_every=200,
         checkpoint_every=100,
         precision="float32",
         workers=0,

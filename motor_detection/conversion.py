@@ -66,11 +66,13 @@ def convert_all(
     context = multiprocessing.get_context("spawn")
     producers = min(producers, len(open_jobs))
     processes: dict[Connection, Any] = {}  # by the pipe that each one fills; a full pipe makes it wait
+    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for this process, which ends all
     for k in range(producers):
         receiver, sender = context.Pipe(duplex=False)
         processes[receiver] = context.Process(target=produce, args=(open_jobs[k::producers], sender), daemon=True)
         processes[receiver].start()
         sender.close()  # the process holds the only one, so that its death ends the pipe
+    signal.signal(signal.SIGINT, on_interrupt)
     try:
         consume(processes, data.patches, settings, summary, len(open_jobs))
     finally:
@@ -105,7 +107,6 @@ def clear_folder(folder: Path) -> None:
 
 def produce(jobs: list[Job], messages: "Connection[Message, Message]") -> None:
     """Load tomograms one after the other and send their patches; runs in a process of its own."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the main process says so and ends the others
     torch.set_num_threads(1)
     for job in jobs:
         try:

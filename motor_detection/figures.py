@@ -37,14 +37,19 @@ def save_figure(figure: Any, path: Path) -> None:
 
 def draw_learning_curve(records: list[dict[str, float]], path: Path) -> None:
     """Training and validation loss beside the validation figures, over optimizer steps."""
-    steps = [record["step"] for record in records]
+    validated = [record for record in records if "validation_loss" in record]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4))
-    left.plot(steps, [record["loss"] for record in records], label="training (one batch)", color="0.6", lw=1)
-    left.plot(steps, [record["validation_loss"] for record in records], label="validation", color="C0", marker=".")
+    steps, losses = [record["step"] for record in records], [record["loss"] for record in records]
+    left.plot(steps, losses, color="0.8", lw=0.8, label="training, single batches")
+    window = max(1, len(losses) // 20)
+    smooth = np.convolve(losses, np.ones(window) / window, "valid")
+    left.plot(steps[window - 1 :], smooth, color="0.4", lw=1.5, label=f"training, mean of {window}")
+    steps = [record["step"] for record in validated]
+    left.plot(steps, [r["validation_loss"] for r in validated], color="C0", marker=".", label="validation")
     left.set(xlabel="optimizer step", ylabel="loss", yscale="log")
     for name, label in (("average_precision", "average precision"), ("soft_dice", "soft Dice"),
                         ("top_10_accuracy", "peak among the top 10 cells")):  # fmt: skip
-        right.plot(steps, [record[name] for record in records], label=label, marker=".")
+        right.plot(steps, [record[name] for record in validated], label=label, marker=".")
     right.set(xlabel="optimizer step", ylabel="validation patches", ylim=(0, 1.02))
     for axes in (left, right):
         axes.legend(frameon=False, fontsize=8)
@@ -82,7 +87,7 @@ def draw_picks(shown: list[PickView], tolerance_angstrom: float, path: Path) -> 
             mark_points(panel, view, across, horizontal, vertical)
             panel.set(xticks=[], yticks=[])
         axes[0][column].set_title(view.title, fontsize=7)
-    figure.suptitle(f"o true motor   x pick   (a pick within {tolerance_angstrom:g} Å counts)", fontsize=8, y=0.99)
+    figure.suptitle(f"o true motor   x pick   (a pick within {tolerance_angstrom:g} Å counts)", fontsize=8, y=1.02)
     figure.tight_layout()
     save_figure(figure, path)
 

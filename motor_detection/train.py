@@ -46,7 +46,8 @@ def main(arguments: list[str]) -> int:
     labelled, _ = read_tomograms(data)
     records = train(config, folder, choose_patches(config, data.patches, labelled), [sys.executable, *sys.argv])
     if first:
-        best = max(records, key=lambda record: (record["average_precision"], record["step"]))
+        validated = [record for record in records if "average_precision" in record]
+        best = max(validated, key=lambda record: (record["average_precision"], record["step"]))
         curve = folder / "figures" / "learning_curve.png"
         draw_learning_curve(records, curve)
         print(f"best average precision on validation patches: {best['average_precision']:.3f} at step {best['step']:g}")

@@ -301,12 +301,14 @@ def run_steps(
         at_end = state.step == settings.steps
         if state.step % settings.validate_every == 0 or at_end:
             measured |= validate(state.average, patches, config, device)
-            state.records.append({"step": state.step} | measured)
             keep_if_best(state, measured, folder, config)
             if scalars is not None:
-                scalars.add(state.records[-1])
                 shown = f"loss {measured['loss']:.4f}  validation {measured['validation_loss']:.4f}"
                 print(f"step {state.step:6d}  {shown}  AP {measured['average_precision']:.3f}", flush=True)
+        if state.step % settings.log_every == 0 or "validation_loss" in measured:
+            state.records.append({"step": state.step} | measured)
+            if scalars is not None:
+                scalars.add(state.records[-1])
         if state.step % settings.checkpoint_every == 0 or at_end:
             save(state, folder, config)
     bar.close()

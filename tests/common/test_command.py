@@ -31,7 +31,11 @@ for number, script in enumerate(sys.argv[1:]):
         for stream, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(f"{number}.{name}", os.O_WRONLY | os.O_CREAT), stream)
         sys.argv, sys.path[0] = [script, "--help"], os.path.dirname(script)  # as `python script --help` has them
-        runpy.run_path(script, run_name="__main__")
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as end:
+            sys.stdout.flush()
+            os._exit(end.code or 0)  # without the interpreter's slow farewell
     with open(f"{number}.code", "w") as file:
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=file)
 """

@@ -27,6 +27,7 @@ from motor_detection.trainer import (
     begin,
     build_model,
     choose_patches,
+    keep_if_best,
     resume,
     take_step,
     validate,
