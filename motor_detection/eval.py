@@ -48,7 +48,8 @@ def measure(config: Config, folder: Path) -> dict[str, float | int | str]:
         picked[name] = pick_fold(chosen, paths, models, config, device, f"picking {name}")
         write_picks_csv(folder / "results" / f"picks_{name}.csv", [one.picks for one in picked[name]])
     figures = evaluate(picked["validation"], picked["test"], config.evaluation)
-    write_text(folder / "results" / "metrics.json", json.dumps(figures, indent=2) + "\n")
+    valid = {name: None if value != value else value for name, value in figures.items()}  # JSON knows no NaN
+    write_text(folder / "results" / "metrics.json", json.dumps(valid, indent=2) + "\n")
     draw_everything(picked, figures, config, folder)
     return figures
 
@@ -93,19 +94,26 @@ def sections_of(figures: dict[str, float | int | str], config: Config, folder: P
 
 def summary(figures: dict[str, float | int | str], config: Config) -> str:
     """The few lines that matter."""
-    name, level = f"f{config.evaluation.beta:g}", f"{config.evaluation.confidence:.0%}"
+    name = f"f{config.evaluation.beta:g}"
     return "\n".join(
         [
-            f"test {name.upper()} {figures[name]:.3f} ({level} interval {figures[f'{name}_low']:.3f} to "
-            f"{figures[f'{name}_high']:.3f}, n = {figures['n']} tomograms, {figures['n_with_motor']} with motors)",
+            f"test {name.upper()} {figures[name]:.3f} ({interval_in_words(figures, name, config)}, n = {figures['n']} "
+            f"tomograms, {figures['n_with_motor']} with motors)",
             f"  precision {figures['precision']:.3f}, recall {figures['recall']:.3f} at threshold "
             f"{figures['threshold']:.3f} (chosen on {figures['validation_n']} validation tomograms)",
             f"  localisation error {figures['localisation_error_angstrom']:.0f} Å (median)",
-            f"baseline {name.upper()} {figures[f'baseline_{name}']:.3f} ({figures[f'baseline_{name}_low']:.3f} to "
-            f"{figures[f'baseline_{name}_high']:.3f}): {figures['baseline']}",
+            f"baseline {name.upper()} {figures[f'baseline_{name}']:.3f} "
+            f"({interval_in_words(figures, f'baseline_{name}', config)}): {figures['baseline']}",
             f"chance {name.upper()} {figures[f'chance_{name}']:.3f}: random points",
         ]
     )
+
+
+def interval_in_words(figures: dict[str, float | int | str], name: str, config: Config) -> str:
+    low, high = figures[f"{name}_low"], figures[f"{name}_high"]
+    if low != low:
+        return "too few tomograms for an interval"
+    return f"{config.evaluation.confidence:.0%} interval {low:.3f} to {high:.3f}"
 
 
 def main(arguments: list[str]) -> int:

@@ -1,6 +1,7 @@
 """Figures that can be believed: threshold from validation, one look at the test tomograms, baseline and chance beside."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from motor_detection.pick_files import TomogramPicks
 from motor_detection.tomograms import Tomogram, open_tomogram
 
 CHANCE_DRAWS = 100
+FEWEST_FOR_INTERVAL = 5  # tomograms; resampling fewer says nothing about others
 Counts = npt.NDArray[np.int64]
 
 
@@ -99,6 +101,8 @@ def judge(tomograms: list[ScoredTomogram], threshold: float, settings: Evaluatio
     """F-beta at a threshold that was chosen elsewhere, with its bootstrap interval over tomograms."""
     counts = counts_of(tomograms, threshold, settings)
     interval = f_beta_interval(counts, settings.beta, settings.bootstrap_resamples, settings.confidence, settings.seed)
+    if len(counts) < FEWEST_FOR_INTERVAL:
+        interval = Interval(interval.estimate, math.nan, math.nan)
     return Verdict(interval, counts, threshold)
 
 

@@ -141,7 +141,9 @@ def claim_output(output: Path, config: Config, checkpoints: list[Path]) -> None:
     recorded = output / "config.yaml"
     other = recorded.exists() and recorded.read_text() != text
     if other and any((output / "tomograms").glob("*.csv")):
-        raise config_error(f"--output {output}: holds picks of other weights or constants; give another folder, or --fresh")
+        raise config_error(
+            f"--output {output}: holds picks of other weights or constants; give another folder, or --fresh"
+        )
     write_text(recorded, text)
 
 
