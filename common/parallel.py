@@ -1,12 +1,14 @@
 """Several processes under torchrun, or a group of one: the code above has a single path."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from common.errors import UserError
 
 
 @contextmanager
@@ -30,6 +32,19 @@ def process_group(deterministic: bool) -> Iterator[torch.device]:
         yield torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     finally:
         dist.destroy_process_group()
+
+
+def first_rank_does(work: Callable[[], None]) -> None:
+    """Let the first rank work while the others wait; a user error there ends every rank, and is printed once."""
+    outcome: list[UserError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            work()
+        except UserError as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[0] is not None:
+        raise outcome[0] if dist.get_rank() == 0 else UserError(outcome[0].exit_code, [])
 
 
 def average_gradients(model: nn.Module) -> None:

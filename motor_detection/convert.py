@@ -16,6 +16,7 @@ if __name__ == "__main__":
 
 from common.command import parse_config, script_parser
 from common.errors import BAD_DATA, run_script
+from common.lock import exclusive
 from motor_detection.config import PRESETS, Config
 from motor_detection.conversion import Summary, clear_folder, convert_all
 from motor_detection.places import convert_settings, read_tomograms, resolve_data
@@ -24,10 +25,11 @@ from motor_detection.places import convert_settings, read_tomograms, resolve_dat
 def convert(config: Config, fresh: bool) -> Summary:
     """Convert a config's tomograms; what is complete already is kept unless fresh."""
     data = resolve_data(config)
-    labelled, paths = read_tomograms(data)
-    if fresh:
-        clear_folder(data.patches)
-    return convert_all(labelled, paths, data, convert_settings(config), config.convert.producers)
+    labelled, paths = read_tomograms(data, True)
+    with exclusive(data.patches):
+        if fresh:
+            clear_folder(data.patches)
+        return convert_all(labelled, paths, data, convert_settings(config), config.convert.producers)
 
 
 def main(arguments: list[str]) -> int:

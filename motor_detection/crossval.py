@@ -32,7 +32,7 @@ def pick_own_fold(run: Path) -> tuple[list[Picked], Config]:
     """A run's picks in its own validation fold."""
     device = inference_device()
     model, config = load_model(run / "checkpoints" / "best.pt", device)
-    labelled, paths = read_tomograms(resolve_data(config))
+    labelled, paths = read_tomograms(resolve_data(config), True)
     fold = tomograms_of_fold(labelled, config.data.validation_fold, "data.validation_fold")
     models = [working_copy(model, config.inference.precision)]
     return pick_fold(fold, paths, models, config, device, f"picking fold {config.data.validation_fold}"), config

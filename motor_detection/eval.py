@@ -41,7 +41,7 @@ def measure(config: Config, folder: Path) -> dict[str, float | int | str]:
     device = inference_device()
     model, _ = load_model(folder / "checkpoints" / "best.pt", device)
     models = [working_copy(model, config.inference.precision)]
-    labelled, paths = read_tomograms(resolve_data(config))
+    labelled, paths = read_tomograms(resolve_data(config), True)
     picked: dict[str, list[Picked]] = {}
     for name, fold in (("validation", config.data.validation_fold), ("test", config.data.test_fold)):
         chosen = tomograms_of_fold(labelled, fold, f"data.{name}_fold")
@@ -120,7 +120,7 @@ def main(arguments: list[str]) -> int:
     parser = script_parser(__doc__ or "", PRESETS)
     parser.add_argument("--run", type=Path, metavar="FOLDER", help="a run's folder (its config.yaml is the base)")
     config, flags = parse_config(parser, PRESETS, arguments)
-    folder = flags.run if flags.run is not None else run_folder(config, flags.preset, False)
+    folder = flags.run if flags.run is not None else run_folder(config, flags.preset)
     if not (folder / "checkpoints" / "best.pt").exists():
         raise config_error(
             f"--run: no trained weights in {folder}; train with the same words first, or give --run FOLDER"

@@ -38,12 +38,12 @@ def convert_settings(config: Config) -> ConvertSettings:
     return ConvertSettings(same, config.heatmap, config.model.stride, config.data.voxel_spacing_angstrom)
 
 
-def read_tomograms(data: Data) -> tuple[list[LabelledTomogram], dict[str, Path]]:
-    """Labelled tomograms that are not excluded, and each one's path; contradictions of the table are printed."""
+def read_tomograms(data: Data, told: bool) -> tuple[list[LabelledTomogram], dict[str, Path]]:
+    """Labelled tomograms that are not excluded, and each one's path; told: print the table's contradictions."""
     labelled, warnings = read_labels(data.labels)
     used = [tomogram for tomogram in labelled if tomogram.fold >= 0]
     paths, more = match_tomograms(used, data.root)
-    for warning in [*warnings, *more]:
+    for warning in [*warnings, *more] if told else []:
         print(f"warning: {warning}")
     return used, paths
 
@@ -66,12 +66,16 @@ def training_identity(config: Config) -> str:
     return "".join(f"{name}:\n{as_yaml(section)}" for name, section in sections.items())
 
 
-def run_folder(config: Config, preset: str, fresh: bool) -> Path:
-    """runs/motor_detection/PRESET-<hash>, or run.name; fresh empties it first."""
+def run_folder(config: Config, preset: str) -> Path:
+    """runs/motor_detection/PRESET-<hash of what shapes the weights>, or run.name."""
     digest = hashlib.sha256(training_identity(config).encode()).hexdigest()[:8]
-    folder = config.run.root / (config.run.name if config.run.name is not None else f"{preset}-{digest}")
-    if fresh and folder.exists():
-        if not (folder / "config.yaml").exists():
-            raise config_error(f"--fresh: {folder} is not a run's folder (no config.yaml in it); nothing was deleted")
-        shutil.rmtree(folder)
-    return folder
+    return config.run.root / (config.run.name if config.run.name is not None else f"{preset}-{digest}")
+
+
+def clear_run(folder: Path) -> None:
+    """Delete a run's folder, and nothing that is not one."""
+    if not folder.exists():
+        return
+    if not (folder / "config.yaml").exists():
+        raise config_error(f"--fresh: {folder} is not a run's folder (no config.yaml in it); nothing was deleted")
+    shutil.rmtree(folder)

@@ -9,26 +9,34 @@ The default preset simulates its own tomograms and needs minutes on a laptop. Re
 convert.py first. The same command continues a killed run and ends in the same weights; --fresh starts it over.
 """
 
-import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import torch.distributed as dist
+
 from common.command import parse_config, script_parser
 from common.errors import data_error, run_script
+from common.lock import exclusive
+from common.logbook import open_run
 from common.memory import keep_freed_memory
+from common.parallel import first_rank_does, process_group
 from motor_detection.config import PRESETS, Config
 from motor_detection.convert import convert
 from motor_detection.figures import draw_learning_curve
-from motor_detection.places import read_tomograms, resolve_data, run_folder
-from motor_detection.trainer import choose_patches, train
+from motor_detection.places import clear_run, read_tomograms, resolve_data, run_folder, training_identity
+from motor_detection.trainer import check_hardware, choose_patches, train
 
 
-def prepare(config: Config) -> None:
-    """The phantom's tomograms and patches, on first use; of several processes the first does it, before training."""
-    if config.data.source == "phantom" and ("RANK" not in os.environ or os.environ["RANK"] == "0"):
+def prepare(config: Config, folder: Path, fresh: bool) -> None:
+    """The run's folder; of the phantom also the tomograms and patches, on first use."""
+    if fresh:
+        clear_run(folder)
+    open_run(folder, config, training_identity(config), [sys.executable, *sys.argv])
+    if config.data.source == "phantom":
         summary = convert(config, False)
         if summary.failed:
             raise data_error(*summary.failed)
@@ -38,21 +46,28 @@ def main(arguments: list[str]) -> int:
     parser = script_parser(__doc__ or "", PRESETS)
     parser.add_argument("--fresh", action="store_true", help="start the run over: its folder is deleted first")
     config, flags = parse_config(parser, PRESETS, arguments)
-    first = "RANK" not in os.environ or os.environ["RANK"] == "0"
-    folder = run_folder(config, flags.preset, flags.fresh and first)
+    folder = run_folder(config, flags.preset)
     keep_freed_memory()
-    prepare(config)
-    data = resolve_data(config)
-    labelled, _ = read_tomograms(data)
-    records = train(config, folder, choose_patches(config, data.patches, labelled), [sys.executable, *sys.argv])
-    if first:
-        validated = [record for record in records if "average_precision" in record]
-        best = max(validated, key=lambda record: (record["average_precision"], record["step"]))
-        curve = folder / "figures" / "learning_curve.png"
-        draw_learning_curve(records, curve)
-        print(f"best average precision on validation patches: {best['average_precision']:.3f} at step {best['step']:g}")
-        print(f"run: {folder}", f"weights: {folder / 'checkpoints' / 'best.pt'}", f"curve: {curve}", sep="\n")
+    with process_group(config.train.deterministic) as device, ExitStack() as held:
+        check_hardware(config, device)
+        first_rank_does(lambda: held.enter_context(exclusive(folder)))
+        first_rank_does(lambda: prepare(config, folder, flags.fresh))
+        data = resolve_data(config)
+        labelled, _ = read_tomograms(data, dist.get_rank() == 0)
+        records = train(config, folder, choose_patches(config, data.patches, labelled), device)
+        if dist.get_rank() == 0:
+            report(records, folder)
     return 0
+
+
+def report(records: list[dict[str, float]], folder: Path) -> None:
+    """The learning curve, the best validation, and where everything lies."""
+    validated = [record for record in records if "average_precision" in record]
+    best = max(validated, key=lambda record: (record["average_precision"], record["step"]))
+    curve = folder / "figures" / "learning_curve.png"
+    draw_learning_curve(records, curve)
+    print(f"best average precision on validation patches: {best['average_precision']:.3f} at step {best['step']:g}")
+    print(f"run: {folder}", f"weights: {folder / 'checkpoints' / 'best.pt'}", f"curve: {curve}", sep="\n")
 
 
 if __name__ == "__main__":

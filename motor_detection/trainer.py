@@ -23,10 +23,10 @@ from torch.utils.data import DataLoader, Subset
 from common.checkpoint import load_checkpoint, load_weights, save_checkpoint, update_average
 from common.config import as_yaml
 from common.errors import config_error, data_error
-from common.logbook import Scalars, open_run, progress, write_metrics
+from common.logbook import Scalars, progress, write_metrics
 from common.metrics.detection import ScoredTomogram, average_precision, precision_recall_curve
 from common.metrics.heatmaps import comprehensive_heatmap_metric, soft_dice_score, topk_accuracy
-from common.parallel import gather_objects, process_group, sum_over_ranks
+from common.parallel import gather_objects, sum_over_ranks
 from common.schedule import warmup_then_cosine
 from common.step import RunningStatistics, autocast, guarded_update
 from common.streams import micro_batches, seed_dropout
@@ -247,42 +247,48 @@ def keep_if_best(state: State, measured: dict[str, float], folder: Path, config:
             save_checkpoint(best | weights, folder / "checkpoints" / "best.pt")
 
 
-def train(config: Config, folder: Path, patches: Patches, arguments: list[str]) -> list[dict[str, float]]:
-    """Train, or continue, one run; return its records, one per logged step."""
+def check_hardware(config: Config, device: torch.device) -> None:
+    """What only the running processes know: their number and their device must fit the config."""
     settings = config.train
-    with process_group(settings.deterministic) as device:
-        if settings.batch_size % (settings.micro_batch_size * dist.get_world_size()):
-            share = f"{dist.get_world_size()} processes x train.micro_batch_size={settings.micro_batch_size}"
-            raise config_error(f"train.batch_size: {settings.batch_size} does not divide into {share}")
-        if device.type == "cpu" and settings.precision != "float32":
-            # torch 2.13's bfloat16 weight gradients of 3D convolutions read foreign memory where a map is 3 cells wide
-            raise config_error(
-                f"train.precision: {settings.precision} trains on GPUs only; on this CPU expected float32"
-            )
-        first = dist.get_rank() == 0
-        if first:
-            open_run(folder, config, training_identity(config), arguments)
-        state = begin(config, device)
-        last = folder / "checkpoints" / "last.pt"
-        if last.exists():
-            resume(state, last, config)
-            if first:
-                print(f"continuing {folder} at step {state.step} of {settings.steps}", flush=True)
-        plan = micro_batches(
-            state.step, settings.steps, settings.batch_size, settings.micro_batch_size,
-            dist.get_rank(), dist.get_world_size(),
-        )  # fmt: skip
-        stream = PatchStream(patches.train, patches.max_motors, settings.seed)
-        loader = DataLoader(
-            stream,
-            batch_sampler=plan,
-            num_workers=settings.workers,
-            collate_fn=stack,
-            pin_memory=device.type == "cuda",
-        )
-        scalars = Scalars(folder / "tensorboard", state.records) if first else None
-        run_steps(state, iter(loader), patches, config, folder, scalars)
-        return state.records
+    if settings.batch_size % (settings.micro_batch_size * dist.get_world_size()):
+        share = f"{dist.get_world_size()} processes x train.micro_batch_size={settings.micro_batch_size}"
+        raise config_error(f"train.batch_size: {settings.batch_size} does not divide into {share}")
+    if device.type == "cpu" and settings.precision != "float32":
+        # torch 2.13's bfloat16 weight gradients of 3D convolutions read foreign memory where a map is 3 cells wide
+        raise config_error(f"train.precision: {settings.precision} trains on GPUs only; on this CPU expected float32")
+
+
+def train(config: Config, folder: Path, patches: Patches, device: torch.device) -> list[dict[str, float]]:
+    """Train, or continue, one run inside a process group; return its records, one per logged step."""
+    settings = config.train
+    first = dist.get_rank() == 0
+    state = begin(config, device)
+    last = folder / "checkpoints" / "last.pt"
+    if last.exists():
+        resume(state, last, config)
+        if first and state.step == settings.steps:
+            print(f"{folder} is complete; --fresh starts it over", flush=True)
+        elif first:
+            print(f"continuing {folder} at step {state.step} of {settings.steps}", flush=True)
+    plan = micro_batches(
+        state.step,
+        settings.steps,
+        settings.batch_size,
+        settings.micro_batch_size,
+        dist.get_rank(),
+        dist.get_world_size(),
+    )
+    stream = PatchStream(patches.train, patches.max_motors, settings.seed)
+    loader = DataLoader(
+        stream,
+        batch_sampler=plan,  # an iterator serves: it is walked once
+        num_workers=settings.workers,
+        collate_fn=stack,
+        pin_memory=device.type == "cuda",
+    )
+    scalars = Scalars(folder / "tensorboard", state.records) if first else None
+    run_steps(state, iter(loader), patches, config, folder, scalars)
+    return state.records
 
 
 def run_steps(

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from common.checkpoint import write_text
 from common.errors import config_error
+from common.lock import exclusive
 from common.streams import random_for
 from data.phantoms.motor_clutter import draw_scene
 from data.phantoms.motor_imaging import Exposure, take_tomogram, to_grey_levels
@@ -87,9 +88,18 @@ def write_phantom(settings: MotorPhantom, folder: Path, num_processes: int) -> P
     problems = [f"phantom.{problem}" for problem in settings.problems()]
     if problems:
         raise config_error(*problems)
+    recorded = folder / "settings.json"
+    if recorded.exists() and recorded.read_text() == described(settings) and not missing_tomograms(settings, folder):
+        return folder / "labels.csv"
+    with exclusive(folder):
+        return complete_folder(settings, folder, num_processes)
+
+
+def complete_folder(settings: MotorPhantom, folder: Path, num_processes: int) -> Path:
+    """Write what is missing of a folder that this process alone writes; returns the path of the labels."""
     claim_folder(settings, folder)
     images, labels = folder / "train", folder / "labels.csv"
-    missing = [i for i in range(num_tomograms(settings)) if not (images / tomo_id(i)).is_dir()]
+    missing = missing_tomograms(settings, folder)
     if missing:
         for _ in tqdm(
             written(settings, images, missing, num_processes), "simulating tomograms", len(missing), disable=None
@@ -100,6 +110,11 @@ def write_phantom(settings: MotorPhantom, folder: Path, num_processes: int) -> P
         write_text(folder / "settings.json", described(settings))
         (folder / "unfinished.json").unlink(missing_ok=True)
     return labels
+
+
+def missing_tomograms(settings: MotorPhantom, folder: Path) -> list[int]:
+    """Numbers of the tomograms whose folders are not there yet."""
+    return [i for i in range(num_tomograms(settings)) if not (folder / "train" / tomo_id(i)).is_dir()]
 
 
 def claim_folder(settings: MotorPhantom, folder: Path) -> None:

@@ -91,7 +91,7 @@ def small_patches(config: Config) -> Patches:
     with producers_forked():
         summary = convert(config, False)
     assert not summary.failed, summary.failed
-    labelled, _ = read_tomograms(config.data)
+    labelled, _ = read_tomograms(config.data, True)
     return choose_patches(config, config.data.patches, labelled)
 
 

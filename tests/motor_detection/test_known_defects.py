@@ -103,7 +103,7 @@ def test_known_defect_13_everything_runs_without_a_graphics_card(
     records = trainer.train(config, tmp_path / "run", small_patches(config), ["test"])
     assert len(records) == 1 and np.isfinite(records[0]["loss"])
     assert inference_device() == torch.device("cpu")
-    labelled, paths = read_tomograms(config.data)
+    labelled, paths = read_tomograms(config.data, True)
     tomogram = open_tomogram(paths[labelled[0].tomo_id], labelled[0], 0.0)
     peaks = pick_motors([random_network(16, "batch", False)], tomogram, config, inference_device())
     assert peaks.points.shape == (len(peaks.scores), 3)

@@ -48,7 +48,7 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def chosen(config: Config) -> Patches:
-    labelled, _ = read_tomograms(config.data)
+    labelled, _ = read_tomograms(config.data, True)
     return choose_patches(config, config.data.patches, labelled)
 
 

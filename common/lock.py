@@ -1,0 +1,22 @@
+"""One writer per folder: a second process is told so instead of spoiling the first one's files."""
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from common.errors import config_error
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold a lock beside a folder; a config error where another process holds it. The system frees it on any exit."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f".{folder.name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise config_error(
+                f"{folder}: another process is writing there; wait for it, or name another folder"
+            ) from error
+        yield
