@@ -41,6 +41,8 @@ from motor_detection.places import convert_settings, tomograms_of_fold, training
 
 KIND = "motor_detection"
 MIN_PEAK = 0.1  # of a target: below it a patch holds no motor whose place could be found
+PEAK_SCALE_CELLS = 60.0  # of the comprehensive heat-map metric, as published
+TOP_CELLS = 10  # of the top-k accuracy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,8 +213,8 @@ def score_patches(
         [
             heatmap_loss(logits, heat, config.loss),
             soft_dice_score(probabilities, heat),
-            comprehensive_heatmap_metric(probabilities, heat, 60.0, MIN_PEAK),
-            topk_accuracy(probabilities, heat, 10, MIN_PEAK),
+            comprehensive_heatmap_metric(probabilities, heat, PEAK_SCALE_CELLS, MIN_PEAK),
+            topk_accuracy(probabilities, heat, TOP_CELLS, MIN_PEAK),
         ],
         1,
     ).tolist()
