@@ -1,5 +1,6 @@
 """Files that are whole or absent: checkpoints and texts written beside, forced to disk, renamed; averaged weights."""
 
+import io
 import os
 import zipfile
 from collections.abc import Callable
@@ -17,20 +18,19 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
     A full disk raises a data error (exit code 1) that names the file; what was finished before stays.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise data_error(f"{path}: cannot be written ({error.strerror}); nothing finished before it is lost") from error
-    except RuntimeError as error:  # torch reports a full disk so
-        partial.unlink(missing_ok=True)
-        raise data_error(f"{path}: cannot be written ({error}); nothing finished before it is lost") from error
+    finally:
+        if partial.exists():
+            partial.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -40,7 +40,9 @@ def write_text(path: Path, text: str) -> None:
 
 def save_checkpoint(state: dict[str, Any], path: Path) -> None:
     """Save tensors, numbers, text and lists of them atomically."""
-    write_atomically(path, lambda file: torch.save(state, file))
+    buffer = io.BytesIO()  # torch reports a full disk in words of its own; from memory the system's stay
+    torch.save(state, buffer)
+    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def load_checkpoint(path: Path, kind: str) -> dict[str, Any]:
@@ -50,7 +52,8 @@ def load_checkpoint(path: Path, kind: str) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError, OSError) as error:
-        raise data_error(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
+        reason = str(error).partition("\n")[0] or "it ends too early"
+        raise data_error(f"{path}: not a readable checkpoint ({reason})") from error
     except Exception as error:  # UnpicklingError of several modules: a pickle that would have run code
         raise data_error(f"{path}: not a checkpoint of plain tensors ({type(error).__name__}); refused") from error
     if not isinstance(state, dict) or "kind" not in state or state["kind"] != kind:

@@ -6,6 +6,7 @@ Unknown names, wrong types and wrong lengths are reported all at once. The resul
 given back to --config, yields the same object: the config.yaml that a run leaves behind repeats the run.
 """
 
+import copy
 import dataclasses
 import difflib
 import hashlib
@@ -15,13 +16,14 @@ import re
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from common.errors import config_error
 
 ConfigType = TypeVar("ConfigType")
+UNIONS = (types.UnionType, Union)  # how `int | None` and `Literal[...] | None` are declared
 
 
 def configure(constants: ConfigType, yaml_files: list[Path], changes: list[str]) -> ConfigType:
@@ -108,7 +110,7 @@ def _merge(tree: dict[str, Any], more: dict[str, Any]) -> None:
         if name in tree and isinstance(tree[name], dict) and isinstance(value, dict):
             _merge(tree[name], value)
         else:
-            tree[name] = value
+            tree[name] = copy.deepcopy(value)  # two sections may share one YAML anchor
 
 
 def _replace(config: Any, changes: Any, path: str, problems: list[str]) -> Any:
@@ -133,13 +135,17 @@ def _replace(config: Any, changes: Any, path: str, problems: list[str]) -> Any:
 
 
 def _nearest(name: str, config: Any, path: str) -> str:
-    names = [field.name for field in dataclasses.fields(config)]
-    close = difflib.get_close_matches(name, names, 1, 0.5)
-    if close:
+    """The constant that was probably meant: of another section by its exact name, else the nearest name."""
+    fields = dataclasses.fields(config)
+    sections = {f.name: [c.name for c in dataclasses.fields(getattr(config, f.name))] for f in fields
+                if dataclasses.is_dataclass(getattr(config, f.name))}  # fmt: skip
+    for section, inside in sections.items():
+        if name in inside:
+            return f"; did you mean {section}.{name}?"
+    names = [field.name for field in fields]
+    if close := difflib.get_close_matches(name, names, 1, 0.5):
         return f"; did you mean {path}.{close[0]}?" if path else f"; did you mean {close[0]}?"
-    sections = [field.name for field in dataclasses.fields(config) if dataclasses.is_dataclass(field.type)]
-    for section in sections:
-        inside = [field.name for field in dataclasses.fields(getattr(config, section))]
+    for section, inside in sections.items():
         if close := difflib.get_close_matches(name, inside, 1, 0.7):
             return f"; did you mean {section}.{close[0]}?"
     return f"; {path or 'there'} holds {', '.join(names)}"
@@ -157,7 +163,7 @@ def _judge(config: Any, path: str) -> Iterator[str]:
 def _convert(value: Any, declared: Any) -> Any:
     """The value as its declared type, or ValueError; nothing is truncated, rounded or read as true or false."""
     origin, arguments = get_origin(declared), get_args(declared)
-    if origin is types.UnionType:
+    if origin in UNIONS:
         if value is None and type(None) in arguments:
             return None
         return _convert(value, next(kind for kind in arguments if kind is not type(None)))
@@ -171,7 +177,10 @@ def _convert(value: Any, declared: Any) -> Any:
             raise ValueError
         return tuple(_convert(item, kind) for item, kind in zip(value, kinds, strict=True))
     if declared is float and type(value) in (int, float, str):
-        number = float(value)  # YAML 1.1 reads 1e-4, without a point, as text
+        try:
+            number = float(value)  # YAML 1.1 reads 1e-4, without a point, as text
+        except OverflowError as error:
+            raise ValueError from error
         if not math.isfinite(number):
             raise ValueError
         return number
@@ -184,7 +193,7 @@ def _convert(value: Any, declared: Any) -> Any:
 
 def _type_in_words(declared: Any) -> str:
     origin, arguments = get_origin(declared), get_args(declared)
-    if origin is types.UnionType:
+    if origin in UNIONS:
         return " or ".join("null" if kind is type(None) else _type_in_words(kind) for kind in arguments)
     if origin is Literal:
         return "one of " + ", ".join(map(str, arguments))

@@ -35,6 +35,7 @@ def run_script(main: Callable[[list[str]], int]) -> None:
     """Run an entry script's main and turn user errors and Ctrl-C into messages and exit codes."""
     try:
         code = main(sys.argv[1:])
+        sys.stdout.flush()
     except UserError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)

@@ -10,11 +10,14 @@ from common.errors import config_error
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Hold a lock beside a folder; a config error where another process holds it. The system frees it on any exit."""
+    """Hold a lock beside a folder; a config error where another process holds it. The system frees it on any exit.
+
+    Children do not inherit it (lockf, not flock), so a killed run's last loader worker keeps nobody waiting.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f".{folder.name}.lock").open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise config_error(
                 f"{folder}: another process is writing there; wait for it, or name another folder"

@@ -52,5 +52,5 @@ def _section(section: Section) -> str:
 
 
 def _cell(text: str) -> str:
-    is_number = text[:1].isdigit() or text[:1] in "-+"
+    is_number = text[:1].isdigit() or text[:1] in ("-", "+")
     return f"<td{' class=number' if is_number else ''}>{html.escape(text)}</td>"

@@ -1,6 +1,7 @@
 """The constants of motor_detection: full-size defaults, each with unit and reason, and the presets made from them."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -45,6 +46,8 @@ class Convert:
         for name in ("single", "multi", "hard_negative", "negative"):
             if getattr(self, name) < 0:
                 yield f"{name}: expected a count of 0 or more, got {getattr(self, name)}"
+        if self.seed < 0:
+            yield f"seed: expected 0 or more, got {self.seed}"
         if self.producers < 1:
             yield f"producers: expected at least 1 process, got {self.producers}"
 
@@ -152,8 +155,9 @@ class Train:
         for name in ("learning_rate_backbone", "learning_rate_head", "max_gradient_norm"):
             if getattr(self, name) <= 0:
                 yield f"{name}: expected a value above 0, got {getattr(self, name)}"
-        if self.workers < 0:
-            yield f"workers: expected 0 or more, got {self.workers}"
+        for name in ("workers", "seed"):
+            if getattr(self, name) < 0:
+                yield f"{name}: expected 0 or more, got {getattr(self, name)}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +197,8 @@ class Evaluation:
     def problems(self) -> Iterator[str]:
         if self.tolerance_angstrom <= 0 or self.beta <= 0 or self.bootstrap_resamples < 100:
             yield "tolerance_angstrom, beta: expected values above 0; bootstrap_resamples: at least 100"
+        if self.seed < 0:
+            yield f"seed: expected 0 or more, got {self.seed}"
         if not 0.5 <= self.confidence < 1:
             yield f"confidence: expected a share in [0.5, 1), got {self.confidence}"
         if not self.blob_sigmas_angstrom or min(self.blob_sigmas_angstrom) <= 0:
@@ -223,6 +229,9 @@ class Config:
         local = self.model.norm == "batch" and not self.model.squeeze_excitation
         if self.inference.tiling == "exact" and not local:
             yield "inference.tiling: exact tiles need model.norm=batch and model.squeeze_excitation=false; expected blended"
+        cells = math.prod(-(-size // 2 ** len(self.model.channels)) for size in self.convert.patch_size)
+        if self.model.norm == "batch" and cells * self.train.micro_batch_size < 2:
+            yield "train.micro_batch_size: batch norm needs 2 values per channel; give larger patches or micro-batches"
         if self.augment.turn > 0 and self.convert.patch_size[1] != self.convert.patch_size[2]:
             yield f"augment.turn: quarter turns need patches as high as wide, got {list(self.convert.patch_size)}; expected 0"
 
@@ -244,7 +253,7 @@ PHANTOM = dataclasses.replace(
     augment=dataclasses.replace(KAGGLE.augment, affine=0.7, rotation_degrees=45.0),
     train=dataclasses.replace(
         KAGGLE.train,
-        steps=1200,
+        steps=1000,
         batch_size=8,
         micro_batch_size=8,
         learning_rate_backbone=2e-3,

@@ -6,6 +6,7 @@ file is whole or absent and every finished tomogram is marked, so an interrupted
 
 import collections
 import dataclasses
+import hashlib
 import json
 import multiprocessing
 import shutil
@@ -56,10 +57,10 @@ def convert_all(
     """Convert every tomogram that is not complete yet; a bad one is recorded and the rest goes on."""
     claim_folder(data.patches, settings)
     open_jobs = [
-        Job(label, paths[label.tomo_id], settings)
-        for label in labelled
-        if not (data.patches / label.tomo_id / COMPLETE).exists()
+        Job(label, paths[label.tomo_id], settings) for label in labelled if patches_of(data.patches, label) is None
     ]
+    for job in open_jobs:  # of an interrupted conversion, or of labels that were corrected since
+        shutil.rmtree(data.patches / job.label.tomo_id, ignore_errors=True)
     summary = Summary(0, len(labelled) - len(open_jobs), collections.Counter(), [])
     if not open_jobs:
         return summary
@@ -74,7 +75,8 @@ def convert_all(
         sender.close()  # the process holds the only one, so that its death ends the pipe
     signal.signal(signal.SIGINT, on_interrupt)
     try:
-        consume(processes, data.patches, settings, summary, len(open_jobs))
+        digests = {job.label.tomo_id: label_digest(job.label) for job in open_jobs}
+        consume(processes, data.patches, settings, summary, digests)
     finally:
         for process in processes.values():
             process.terminate()
@@ -94,6 +96,20 @@ def claim_folder(folder: Path, settings: ConvertSettings) -> None:
         if folder.exists() and any(folder.iterdir()):
             raise config_error(f"data.patches: {folder} holds other files; give an empty or new folder")
         write_text(recorded, text)
+
+
+def patches_of(folder: Path, label: LabelledTomogram) -> list[Path] | None:
+    """The patch files of one tomogram, in order; None where it is not converted, or was with other labels."""
+    marker = folder / label.tomo_id / COMPLETE
+    if not marker.exists():
+        return None
+    content = json.loads(marker.read_text())
+    return [marker.parent / name for name in content["patches"]] if content["labels"] == label_digest(label) else None
+
+
+def label_digest(label: LabelledTomogram) -> str:
+    """Changes with a tomogram's shape, spacing or motors, so that patches of corrected labels are cut anew."""
+    return hashlib.sha256(repr((label.shape, label.spacing_angstrom, label.motors.tolist())).encode()).hexdigest()[:16]
 
 
 def clear_folder(folder: Path) -> None:
@@ -124,11 +140,11 @@ def produce(jobs: list[Job], messages: "Connection[Message, Message]") -> None:
 
 
 def consume(
-    processes: dict[Connection, Any], folder: Path, settings: ConvertSettings, summary: Summary, num_jobs: int
+    processes: dict[Connection, Any], folder: Path, settings: ConvertSettings, summary: Summary, digests: dict[str, str]
 ) -> None:
     """Save patches as they come until every producer has ended."""
     written: dict[str, list[str]] = {}
-    with progress(range(num_jobs), "converting", num_jobs, True) as bar:
+    with progress(digests, "converting", len(digests), True) as bar:
         for kind, tomo_id, content in received(processes):
             if kind == "patch":
                 number, arrays = content
@@ -139,7 +155,9 @@ def consume(
                 summary.patches[str(arrays["patch_type"])] += 1
             elif kind == "done":
                 names = sorted(written.pop(tomo_id, []))
-                write_text(folder / tomo_id / COMPLETE, json.dumps({"patches": names}) + "\n")
+                write_text(
+                    folder / tomo_id / COMPLETE, json.dumps({"patches": names, "labels": digests[tomo_id]}) + "\n"
+                )
                 summary.converted += 1
                 bar.update()
             elif kind == "failed":

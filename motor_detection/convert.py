@@ -22,10 +22,11 @@ from motor_detection.conversion import Summary, clear_folder, convert_all
 from motor_detection.places import convert_settings, read_tomograms, resolve_data
 
 
-def convert(config: Config, fresh: bool) -> Summary:
-    """Convert a config's tomograms; what is complete already is kept unless fresh."""
+def convert(config: Config, fresh: bool, left_out_fold: int) -> Summary:
+    """Convert a config's tomograms but one fold's (-1: all); what is complete already is kept unless fresh."""
     data = resolve_data(config)
     labelled, paths = read_tomograms(data, True)
+    labelled = [tomogram for tomogram in labelled if tomogram.fold != left_out_fold]
     with exclusive(data.patches):
         if fresh:
             clear_folder(data.patches)
@@ -36,7 +37,7 @@ def main(arguments: list[str]) -> int:
     parser = script_parser(__doc__ or "", PRESETS)
     parser.add_argument("--fresh", action="store_true", help="delete the patches of data.patches first")
     config, flags = parse_config(parser, PRESETS, arguments)
-    summary = convert(config, flags.fresh)
+    summary = convert(config, flags.fresh, -1)
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(summary.patches.items()))
     print(f"converted {summary.converted} tomograms ({kinds or 'no patches'}), kept {summary.kept} from before")
     print(f"patches: {resolve_data(config).patches}")

@@ -1,7 +1,6 @@
 """Patch files as samples of an endless, addressed stream."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from torch.utils.data import Dataset
 from common.config import as_yaml
 from common.errors import config_error, data_error
 from common.streams import epoch_and_index
-from motor_detection.conversion import COMPLETE
+from motor_detection.conversion import patches_of
 from motor_detection.labels import LabelledTomogram
 from motor_detection.patches import read_patch
 from motor_detection.places import ConvertSettings
@@ -42,13 +41,15 @@ def list_patches(folder: Path, settings: ConvertSettings, tomograms: list[Labell
     patches: list[Path] = []
     missing = []
     for tomogram in tomograms:
-        marker = folder / tomogram.tomo_id / COMPLETE
-        if not marker.exists():
+        found = patches_of(folder, tomogram)
+        if found is None:
             missing.append(tomogram.tomo_id)
-            continue
-        patches += [marker.parent / name for name in json.loads(marker.read_text())["patches"]]
+        else:
+            patches += found
     if missing:
-        print(f"warning: {len(missing)} tomograms have no patches and are left out: {', '.join(missing[:5])}")
+        print(
+            f"warning: {len(missing)} tomograms have no patches of these labels and are left out: {', '.join(missing[:5])}"
+        )
     if not patches:
         raise data_error(f"data.patches: no patch of the chosen folds in {folder}; run motor_detection/convert.py")
     return patches

@@ -86,7 +86,7 @@ def _beside(
             np.clip(np.ceil(motor - size + 1), 0, room).astype(int), np.clip(motor, 0, room).astype(int) + 1
         )
         axis = int(random.integers(3))
-        gap = random.uniform(0.1, 0.3) * size[axis]
+        gap = max(random.uniform(0.1, 0.3) * size[axis], MARGIN + 1)
         before = random.random() < 0.5
         origin[axis] = round(motor[axis] - gap - size[axis] if before else motor[axis] + gap)
         if (origin >= 0).all() and (origin <= room).all() and not _holds(motors, origin, size):

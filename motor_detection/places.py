@@ -59,6 +59,8 @@ def tomograms_of_fold(tomograms: list[LabelledTomogram], fold: int, name: str) -
 
 def training_identity(config: Config) -> str:
     """YAML of the sections that shape the weights: what a run's folder and its checkpoints must agree on."""
+    same = dataclasses.replace(config.train, workers=0, checkpoint_every=1)  # these change no bit
+    config = dataclasses.replace(config, train=same)
     sections = {
         name: getattr(config, name)
         for name in ("data", "phantom", "convert", "heatmap", "model", "loss", "augment", "train")

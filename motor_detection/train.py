@@ -37,7 +37,7 @@ def prepare(config: Config, folder: Path, fresh: bool) -> None:
         clear_run(folder)
     open_run(folder, config, training_identity(config), [sys.executable, *sys.argv])
     if config.data.source == "phantom":
-        summary = convert(config, False)
+        summary = convert(config, False, config.data.test_fold)
         if summary.failed:
             raise data_error(*summary.failed)
 

@@ -62,6 +62,10 @@ def choose_patches(config: Config, folder: Path, tomograms: list[LabelledTomogra
     if not train:
         raise config_error("data.validation_fold: with the test fold it takes all tomograms; none is left to train on")
     validation = tomograms_of_fold(tomograms, data.validation_fold, "data.validation_fold")
+    if not any(len(tomogram.motors) for tomogram in validation):
+        raise config_error(
+            f"data.validation_fold: no motor in fold {data.validation_fold}; choose a fold that has some"
+        )
     settings = convert_settings(config)
     most = max(1, max(len(tomogram.motors) for tomogram in tomograms))
     return Patches(list_patches(folder, settings, train), list_patches(folder, settings, validation), most)

@@ -64,7 +64,7 @@ class MotorPhantom:
 
     def problems(self) -> Iterator[str]:
         """Yield one line per impossible value."""
-        for name in ("train_tomograms", "validation_tomograms", "test_tomograms"):
+        for name in ("seed", "train_tomograms", "validation_tomograms", "test_tomograms"):
             if getattr(self, name) < 0:
                 yield f"{name}: expected 0 or more, got {getattr(self, name)}"
         if min(self.shape) < 48:

@@ -13,8 +13,8 @@ import torch.multiprocessing
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
-from common.errors import UserError
-from common.parallel import average_gradients, gather_objects, process_group, sum_over_ranks
+from common.errors import BAD_DATA, UserError, data_error
+from common.parallel import average_gradients, first_rank_does, gather_objects, process_group, sum_over_ranks
 from common.step import RunningStatistics, guarded_update
 from common.streams import micro_batches
 
@@ -93,6 +93,22 @@ def failure_of(model: nn.Module) -> str:
     return ""
 
 
+def let_the_first_work(bad: bool) -> tuple[bool, int, list[str]]:
+    """Whether this rank did the work, and the exit code and problems of the error it met, if any."""
+    worked = []
+
+    def work() -> None:
+        worked.append(True)
+        if bad:
+            raise data_error("tomo_1: unreadable", "tomo_2: empty")
+
+    try:
+        first_rank_does(work)
+    except UserError as error:
+        return bool(worked), error.exit_code, error.problems
+    return bool(worked), 0, []
+
+
 def meet(rank: int, port: int, folder: str) -> None:
     """One of two processes: every exchange once, with what came out saved for the tests below."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_RANK=str(rank))
@@ -114,6 +130,7 @@ def meet(rank: int, port: int, folder: str) -> None:
         found["in place"] = sum_over_ranks(values) is values
         found["summed"] = values
         found["gathered"] = gather_objects({"rank": rank, "rows": ["é"] * 1000 * rank})
+        found["prepared"] = [let_the_first_work(False), let_the_first_work(True)]
         found["statistics"] = batch_norm_after_a_step([micro_batch(2 * k + rank) for k in range(2)], 4)
         found["infinite on 1"] = failure_of(
             small_model([torch.full((2, 3), torch.inf if rank else 1.0), torch.ones(2)])
@@ -172,6 +189,14 @@ def test_sums_and_gathered_objects_are_the_same_on_both(two: list[dict[str, Any]
         assert one["summed"].tolist() == [3, 20]
         assert one["in place"]
         assert one["gathered"] == [{"rank": 0, "rows": []}, {"rank": 1, "rows": ["é"] * 1000}]
+
+
+def test_the_first_rank_works_alone_and_tells_its_problems_once(two: list[dict[str, Any]]) -> None:
+    problems = ["tomo_1: unreadable", "tomo_2: empty"]
+    assert two[0]["prepared"] == [(True, 0, []), (True, BAD_DATA, problems)]
+    assert two[1]["prepared"] == [(False, 0, []), (False, BAD_DATA, [])], "it ends too, and has nothing to print"
+    with process_group(False):
+        assert [let_the_first_work(False), let_the_first_work(True)] == two[0]["prepared"]
 
 
 def test_running_statistics_are_the_mean_over_micro_batches_and_ranks(two: list[dict[str, Any]]) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from common.blocks import NormName
 from common.config import as_yaml
+from common.parallel import process_group
 from common.streams import random_for
 from common.volumes import write_slice_folder
 from motor_detection import conversion
@@ -24,7 +25,7 @@ from motor_detection.convert import convert
 from motor_detection.labels import LabelledTomogram, write_relabelled
 from motor_detection.model_defs.motoridentifier import MotorIdentifier
 from motor_detection.places import read_tomograms
-from motor_detection.trainer import Patches, build_model, choose_patches
+from motor_detection.trainer import Patches, build_model, choose_patches, train
 
 ROOT = Path(__file__).resolve().parents[2]
 SPACING_ANGSTROM = 13.1
@@ -89,10 +90,16 @@ def producers_forked() -> Iterator[None]:
 def small_patches(config: Config) -> Patches:
     """Convert the tomograms of a small config and choose the run's patches."""
     with producers_forked():
-        summary = convert(config, False)
+        summary = convert(config, False, -1)
     assert not summary.failed, summary.failed
     labelled, _ = read_tomograms(config.data, True)
     return choose_patches(config, config.data.patches, labelled)
+
+
+def train_alone(config: Config, folder: Path, patches: Patches) -> list[dict[str, float]]:
+    """Train in this process; the records."""
+    with process_group(config.train.deterministic) as device:
+        return train(config, folder, patches, device)
 
 
 def random_network(stride: int, norm: NormName, squeeze_excitation: bool) -> MotorIdentifier:

@@ -36,7 +36,14 @@ from motor_detection.labels import LabelledTomogram, read_labels, write_relabell
 from motor_detection.patches import ByteVolume, PatchPlan, cut_patch
 from motor_detection.places import read_tomograms
 from motor_detection.tomograms import open_tomogram
-from tests.motor_detection.small_runs import ROOT, random_network, small_config, small_patches, write_tomograms
+from tests.motor_detection.small_runs import (
+    ROOT,
+    random_network,
+    small_config,
+    small_patches,
+    train_alone,
+    write_tomograms,
+)
 from tests.test_house_rules import broken_rules, modules
 
 
@@ -100,7 +107,7 @@ def test_known_defect_13_everything_runs_without_a_graphics_card(
     write_tomograms(tmp_path, range(7))
     config = small_config(tmp_path)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2))
-    records = trainer.train(config, tmp_path / "run", small_patches(config), ["test"])
+    records = train_alone(config, tmp_path / "run", small_patches(config))
     assert len(records) == 1 and np.isfinite(records[0]["loss"])
     assert inference_device() == torch.device("cpu")
     labelled, paths = read_tomograms(config.data, True)

@@ -11,7 +11,7 @@ import torch
 from torch.amp import GradScaler
 
 from common.checkpoint import load_checkpoint, load_weights, save_checkpoint
-from common.errors import BAD_DATA, WRONG_CALL, UserError
+from common.errors import BAD_DATA, UserError
 from common.logbook import read_metrics
 from common.parallel import process_group
 from common.step import RunningStatistics, guarded_update
@@ -32,7 +32,14 @@ from motor_detection.trainer import (
     take_step,
     validate,
 )
-from tests.motor_detection.small_runs import run_command, script, small_config, small_patches, write_tomograms
+from tests.motor_detection.small_runs import (
+    run_command,
+    script,
+    small_config,
+    small_patches,
+    train_alone,
+    write_tomograms,
+)
 
 CPU = torch.device("cpu")
 PLAIN = Augment(flip=0.0, turn=0.0, affine=0.0, intensity=0.0, noise=0.0, mixup=0.0)
@@ -171,7 +178,7 @@ def test_two_processes_without_accumulation_equal_one_with(data_folder: Path, tm
     config = with_train(in_folder(small_config(data_folder), tmp_path), steps=6, validate_every=3)
     done = run_command(script("train.py", config, tmp_path, 2, []))
     assert done.returncode == 0, done.stderr
-    records = trainer.train(config, tmp_path / "alone", chosen(config), ["test"])
+    records = train_alone(config, tmp_path / "alone", chosen(config))
     alone = load_checkpoint(tmp_path / "alone/checkpoints/last.pt", KIND)
     shared = load_checkpoint(tmp_path / "run/checkpoints/last.pt", KIND)
     assert alone["identity"] == shared["identity"] and alone["step"] == shared["step"] == 6
@@ -187,7 +194,7 @@ def test_two_processes_without_accumulation_equal_one_with(data_folder: Path, tm
 def test_the_best_weights_give_the_logged_figures_again(data_folder: Path, tmp_path: Path) -> None:
     config = with_train(small_config(data_folder), steps=30, validate_every=10, log_every=4)
     patches = chosen(config)
-    logged = trainer.train(config, tmp_path, patches, ["test"])
+    logged = train_alone(config, tmp_path, patches)
     records = [record for record in logged if "average_precision" in record]
     best = load_checkpoint(tmp_path / "checkpoints/best.pt", KIND)
     top = max(record["average_precision"] for record in records)
@@ -250,7 +257,7 @@ def test_a_loss_that_is_no_number_names_the_patches_and_keeps_the_last_checkpoin
     write_patch(spoiled, read_patch(culprit) | {"intensity": np.array(broken, np.float32)})
     patches = dataclasses.replace(patches, train=[spoiled if path == culprit else path for path in patches.train])
     with pytest.raises(UserError) as caught:
-        trainer.train(config, tmp_path / "run", patches, ["test"])
+        train_alone(config, tmp_path / "run", patches)
     assert caught.value.exit_code == BAD_DATA
     assert "the loss is not finite" in caught.value.problems[0] and str(spoiled) in caught.value.problems[0]
     assert load_checkpoint(tmp_path / "run/checkpoints/last.pt", KIND)["step"] <= 3
@@ -262,7 +269,7 @@ def test_known_defect_4_without_validation_tomograms_nothing_is_best(data_folder
     for fold, words in ((9, "no tomogram of the label table is in fold 9"), (0, "no patch of the chosen folds")):
         data = dataclasses.replace(config.data, validation_fold=fold, patches=tmp_path / "patches")
         data.patches.mkdir(exist_ok=True)
-        labelled, _ = read_tomograms(data)
+        labelled, _ = read_tomograms(data, False)
         settings = data_folder / "patches" / "settings.yaml"
         (data.patches / "settings.yaml").write_text(settings.read_text())
         with pytest.raises(UserError) as caught:
@@ -278,26 +285,23 @@ def test_known_defect_4_validation_without_a_motor_is_an_error_and_never_best(
     empty = [path for path in patches.train if path.name.endswith("_negative.npz")]
     assert empty
     with pytest.raises(UserError):
-        trainer.train(config, tmp_path, dataclasses.replace(patches, validation=empty), ["test"])
+        train_alone(config, tmp_path, dataclasses.replace(patches, validation=empty))
     assert not (tmp_path / "checkpoints" / "best.pt").exists()
 
 
 def test_a_run_of_another_config_is_not_continued(data_folder: Path, tmp_path: Path) -> None:
     config = with_train(small_config(data_folder), steps=2)
     patches = chosen(config)
-    trainer.train(config, tmp_path, patches, ["test"])
+    train_alone(config, tmp_path, patches)
     other = with_train(config, weight_decay=0.5)
     with pytest.raises(UserError) as caught:
-        trainer.train(other, tmp_path, patches, ["test"])
-    assert caught.value.exit_code == WRONG_CALL and "weight_decay: 0.5" in caught.value.problems[0]
-    last = tmp_path / "checkpoints" / "last.pt"
-    with pytest.raises(UserError) as caught:
-        resume(begin(other, CPU), last, other)
-    assert "another config" in caught.value.problems[0]
+        train_alone(other, tmp_path, patches)
+    assert caught.value.exit_code == BAD_DATA and "another config" in caught.value.problems[0]
     with pytest.raises(UserError):
         resume(begin(config, CPU), tmp_path / "checkpoints" / "best.pt", config)
+    last = tmp_path / "checkpoints" / "last.pt"
     before = last.read_bytes()
-    assert len(trainer.train(config, tmp_path, patches, ["test"])) == 1, "a complete run is left as it is"
+    assert len(train_alone(config, tmp_path, patches)) == 1, "a complete run is left as it is"
     assert last.read_bytes() == before
 
 
