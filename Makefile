@@ -3,6 +3,8 @@ PYTHON ?= python3
 TASK ?= motor_detection
 VENV := .venv
 RUN := $(VENV)/bin/python
+# two programs with two spinning threads each on two cores crawl; waiting threads that sleep do not
+export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: demo test lint clean
 
