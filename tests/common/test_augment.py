@@ -86,6 +86,16 @@ def test_a_warp_moves_a_blob_where_it_says_the_point_goes(seed: int) -> None:
     assert (centroid(moved) - points[0]).norm() < 0.05
 
 
+@pytest.mark.parametrize(("row", "column"), [(0, 1), (1, 0), (0, 2), (2, 0), (0, 0)])
+def test_a_warp_that_touches_z_in_one_place_only_is_not_taken_for_one_that_does_not(row: int, column: int) -> None:
+    matrix = np.eye(3)
+    matrix[row, column] += 0.15
+    point = torch.tensor([13.5, 12.0, 22.0])
+    moved, points = place(blob(SHAPE, point, 1.5), point[None], Placement((False,) * 3, 0, matrix, NOTHING))
+    assert (points[0] - point).norm() > 0.2
+    assert (centroid(moved) - points[0]).norm() < 0.05
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_flips_turns_and_warp_in_one_move_a_blob_with_its_point(seed: int) -> None:
     draw = np.random.default_rng(100 + seed)

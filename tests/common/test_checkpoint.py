@@ -237,7 +237,12 @@ def test_absent_files_and_folders_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("state", "found"),
-    [({"kind": "ct_retrieval"}, "ct_retrieval"), ({"step": 3}, "something else"), ([1], "something else")],
+    [
+        ({"kind": "ct_retrieval"}, "ct_retrieval"),
+        ({"step": 3}, "something else"),
+        ([1], "something else"),
+        (3, "something else"),
+    ],
 )
 def test_a_checkpoint_of_another_kind_is_refused(tmp_path: Path, state: Any, found: str) -> None:
     path = tmp_path / "a.pt"

@@ -180,6 +180,7 @@ REFUSED = [
     ("size=5", "a list [...] of 3"),
     ("size=123", "a list [...] of 3"),
     ("ladder=abc", "a list [...] of a finite number, got 'abc'"),
+    ("ladder='12'", "a list [...] of a finite number, got '12'"),
     ("ladder=[1, x]", "a list [...] of a finite number, got [1, 'x']"),
     ("seed=two", "a whole number or null, got 'two'"),
     ("seed=1.5", "a whole number or null, got 1.5"),
