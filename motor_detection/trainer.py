@@ -216,7 +216,7 @@ def score_patches(
     figures = torch.stack(
         [
             heatmap_loss(logits, heat, config.loss),
-            soft_dice_score(probabilities, heat),
+            soft_dice_score(probabilities, heat).where(heat.flatten(1).amax(1) >= MIN_PEAK, torch.nan),
             comprehensive_heatmap_metric(probabilities, heat, PEAK_SCALE_CELLS, MIN_PEAK),
             topk_accuracy(probabilities, heat, TOP_CELLS, MIN_PEAK),
         ],

@@ -167,6 +167,16 @@ def test_bytes_are_forced_to_disk_before_the_file_takes_its_name(
     assert seen[0] == ("old", 5)
 
 
+def test_a_reader_half_way_through_finishes_the_file_that_it_began(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old and long")
+    with path.open() as file:
+        assert file.read(3) == "old"
+        write_text(path, "new")
+        assert file.read() == " and long"
+    assert path.read_text() == "new"
+
+
 def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
     model = network(1)
     optimizer = torch.optim.AdamW(model.parameters())

@@ -1,0 +1,54 @@
+"""The whole job by its own commands: the demo on simulated tomograms, and DeepFinder's, which others made."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
+    """One script from `folder`, with as many threads as a user's would have."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    command = [sys.executable, str(ROOT / words[0]), *words[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    return done
+
+
+@pytest.mark.slow
+def test_the_demo_finds_motors_that_a_blob_picker_does_not(tmp_path: Path) -> None:
+    run(tmp_path, "motor_detection/train.py", "run.name=demo")
+    run(tmp_path, "motor_detection/eval.py", "run.name=demo")
+    folder = tmp_path / "runs" / "motor_detection" / "demo"
+    figures = json.loads((folder / "results" / "metrics.json").read_text())
+    assert figures["f2"] >= 0.90 and figures["f2_low"] <= figures["f2"] <= figures["f2_high"]
+    assert figures["baseline_f2"] <= 0.75 and figures["n"] >= 40
+    assert 0.1 <= 1 - figures["n_with_motor"] / figures["n"] <= 0.6
+    assert figures["localisation_error_angstrom"] < 100 and 0 < figures["threshold"] < 1
+    for name in ("report.html", "figures/learning_curve.png", "figures/picks.png", "results/picks_test.csv"):
+        assert (folder / name).stat().st_size > 1000
+    shutil.rmtree(tmp_path / "data")
+
+
+@pytest.mark.slow
+def test_particles_of_deepfinders_simulated_tomograms(tmp_path: Path, real_data: Path) -> None:
+    run(
+        tmp_path,
+        "data/import_deepfinder.py",
+        str(real_data / "motor" / "deepfinder_synth"),
+        "data/generated/deepfinder",
+    )
+    words = ("--preset", "kaggle", "--config", str(ROOT / "motor_detection" / "deepfinder.yaml"))
+    for script in ("convert.py", "train.py", "eval.py"):
+        run(tmp_path, f"motor_detection/{script}", *words)
+    results = tmp_path / "runs" / "motor_detection" / "deepfinder" / "results"
+    figures = json.loads((results / "metrics.json").read_text())
+    assert figures["f2"] >= 0.97, figures
+    assert figures["validation_n"] == figures["n"] == 1
