@@ -3,24 +3,36 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from common.config import ConfigType, as_yaml, configure, describe
 from common.errors import config_error
 
 
-def script_parser(description: str, presets: dict[str, ConfigType]) -> argparse.ArgumentParser:
+class ScriptParser(argparse.ArgumentParser):
+    """argparse whose complaints are one-line user errors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise config_error(f"{message}; --help lists the flags")
+
+
+def script_parser(description: str, presets: dict[str, ConfigType]) -> ScriptParser:
     """A parser with the shared flags; scripts add their own before parse_config. The first preset is the default."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = next(iter(presets))
+    parser = change_parser(description, default, presets[default])
     parser.add_argument("--preset", default=default, metavar="NAME", help=f"{', '.join(presets)} (default {default})")
+    return parser
+
+
+def change_parser(description: str, name: str, constants: ConfigType) -> ScriptParser:
+    """A parser with --config, --print-config and section.name=value; its help lists the constants of that name."""
+    parser = ScriptParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--config", type=Path, action="append", default=[], metavar="FILE.yaml", help="YAML of changes, repeatable"
     )
     parser.add_argument("--print-config", action="store_true", help="print the YAML that reproduces the run, and stop")
     parser.add_argument("changes", nargs="*", metavar="section.name=value", help="change a constant (last one wins)")
-    parser.epilog = f"constants of the preset {default} (edit them in config.py, or change them above):\n" + describe(
-        presets[default]
-    )
+    parser.epilog = f"constants of {name} (edit them in config.py, or change them above):\n{describe(constants)}"
     return parser
 
 

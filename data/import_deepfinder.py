@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 from common.checkpoint import write_atomically, write_text
+from common.command import ScriptParser
 from common.errors import data_error, run_script
 
 ASSUMED_SPACING_ANGSTROM = 10.0
@@ -50,7 +51,7 @@ def import_tomogram(source: Path, number: int, target: Path) -> dict[str, object
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
     flags = parser.parse_args(arguments)

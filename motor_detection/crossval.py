@@ -18,6 +18,7 @@ import argparse
 import json
 
 from common.checkpoint import write_text
+from common.command import ScriptParser
 from common.errors import config_error, run_script
 from common.memory import keep_freed_memory
 from common.metrics.intervals import f_beta_interval
@@ -53,7 +54,7 @@ def check_folds(configs: list[Config], runs: list[Path]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, nargs="+", help="a run's folder")
     parser.add_argument("--output", type=Path, default=Path("runs/motor_detection/crossval"), metavar="FOLDER")
     flags = parser.parse_args(arguments)

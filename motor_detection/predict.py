@@ -24,13 +24,13 @@ import hashlib
 import torch
 
 from common.checkpoint import write_text
-from common.command import script_parser
+from common.command import change_parser
 from common.config import as_yaml, configure
 from common.errors import BAD_DATA, UserError, config_error, data_error, run_script
 from common.logbook import progress
 from common.memory import keep_freed_memory
 from common.volumes import FILE_SUFFIXES, SLICE_SUFFIXES
-from motor_detection.config import PRESETS, Config
+from motor_detection.config import KAGGLE, Config
 from motor_detection.copick_files import write_copick_json
 from motor_detection.dynamo_files import write_dynamo_table
 from motor_detection.inference import (
@@ -148,7 +148,7 @@ def claim_output(output: Path, config: Config, checkpoints: list[Path]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    parser = script_parser(__doc__ or "", PRESETS)
+    parser = change_parser(__doc__ or "", "the full-size preset; a checkpoint brings its own", KAGGLE)
     parser.add_argument(
         "--checkpoint",
         type=Path,
@@ -172,7 +172,9 @@ def main(arguments: list[str]) -> int:
     if not 0 < flags.threshold <= 1:
         raise config_error(f"--threshold {flags.threshold}: expected a score in (0, 1]")
     keep_freed_memory()
-    paths = find_inputs(flags.input)
+    words = [path for path in flags.input if "=" in path.name and not path.exists()]  # --input takes what follows it
+    flags.changes += [str(word) for word in words]
+    paths = find_inputs([path for path in flags.input if path not in words])
     models, config = load_ensemble(flags.checkpoint, flags)
     if flags.print_config:
         print(as_yaml(config), end="")
