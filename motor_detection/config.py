@@ -126,7 +126,7 @@ class Augment:
 class Train:
     seed: int = 42  # of weights, order, augmentation and dropout
     steps: int = 20000  # optimizer steps
-    batch_size: int = 6  # patches per optimizer step on all devices together
+    batch_size: int = 8  # patches per optimizer step on all devices together
     micro_batch_size: int = 2  # patches per device at once; the rest is accumulated
     learning_rate_backbone: float = 5e-4  # peak, of stem and stages; 0.1x the head's when fine-tuning
     learning_rate_head: float = 5e-4  # peak, of fusion and logit
@@ -208,6 +208,7 @@ class Evaluation:
 @dataclasses.dataclass(frozen=True)
 class Run:
     root: Path = Path("runs/motor_detection")  # of all runs' folders
+    preset: str = "kaggle"  # begins the folder's name where run.name does not say another
     name: str | None = None  # folder under root; null = PRESET-<hash of the constants that shape the weights>
 
 
@@ -265,6 +266,7 @@ PHANTOM = dataclasses.replace(
         precision="float32",
         workers=0,
     ),
+    run=Run(preset="phantom"),
 )
 
 PRESETS: dict[str, Config] = {"phantom": PHANTOM, "kaggle": KAGGLE}

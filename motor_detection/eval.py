@@ -120,14 +120,16 @@ def main(arguments: list[str]) -> int:
     parser = script_parser(__doc__ or "", PRESETS)
     parser.add_argument("--run", type=Path, metavar="FOLDER", help="a run's folder (its config.yaml is the base)")
     config, flags = parse_config(parser, PRESETS, arguments)
-    folder = flags.run if flags.run is not None else run_folder(config, flags.preset)
+    folder = flags.run if flags.run is not None else run_folder(config)
     if not (folder / "checkpoints" / "best.pt").exists():
         raise config_error(
-            f"--run: no trained weights in {folder}; train with the same words first, or give --run FOLDER"
+            f"--run: no trained weights in {folder.absolute()}; train with the same words first, or give --run FOLDER"
         )
     keep_freed_memory()
     figures = measure(config, folder)
     print(summary(figures, config))
+    best = folder / "checkpoints" / "best.pt"
+    print(f"to use it: predict.py --checkpoint {best} --threshold {figures['threshold']:.3f} --input ...")
     for name in ("results/metrics.json", "results/picks_test.csv", "figures/picks.png", "report.html"):
         print(folder / name)
     return 0

@@ -68,10 +68,10 @@ def training_identity(config: Config) -> str:
     return "".join(f"{name}:\n{as_yaml(section)}" for name, section in sections.items())
 
 
-def run_folder(config: Config, preset: str) -> Path:
+def run_folder(config: Config) -> Path:
     """runs/motor_detection/PRESET-<hash of what shapes the weights>, or run.name."""
     digest = hashlib.sha256(training_identity(config).encode()).hexdigest()[:8]
-    return config.run.root / (config.run.name if config.run.name is not None else f"{preset}-{digest}")
+    return config.run.root / (config.run.name if config.run.name is not None else f"{config.run.preset}-{digest}")
 
 
 def clear_run(folder: Path) -> None:

@@ -89,15 +89,14 @@ def load_ensemble(checkpoints: list[Path], flags: argparse.Namespace) -> tuple[l
 def predict(
     paths: list[Path], models: list[MotorIdentifier], config: Config, output: Path
 ) -> tuple[list[TomogramPicks], list[str]]:
-    """Picks of every tomogram, one file each as it is finished; and the problems of those that could not be read."""
+    """Picks of every tomogram finished in this folder; and the problems of those that could not be read."""
     device = inference_device()
     working = [working_copy(model, config.inference.precision) for model in models]
-    picks, problems = [], []
+    problems = []
     told = config.inference.precision == "float32"
     for path in progress(paths, "picking", len(paths), True):
         finished = output / "tomograms" / f"{tomogram_name(path)}.csv"
         if finished.exists():
-            picks += read_picks_csv(finished)
             continue
         try:
             tomogram = open_tomogram(path, None, config.data.voxel_spacing_angstrom)
@@ -107,13 +106,14 @@ def predict(
                 cost = rounding_cost(models[0], tomogram, config, device)
                 print(f"{config.inference.precision} changes scores by at most {cost:.4f} (crop of {tomogram.tomo_id})")
                 told = True
-            picks.append(picks_of(tomogram, working, config, device))
+            write_picks_csv(finished, [picks_of(tomogram, working, config, device)])
         except UserError as error:
             problems += error.problems
             print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
-            continue
-        write_picks_csv(finished, picks[-1:])
-    return picks, problems
+    every = sorted((output / "tomograms").glob("*.csv"))
+    if len(every) > len(paths) - len(problems):
+        print(f"{output} holds {len(every)} finished tomograms, of this and earlier calls; --fresh forgets them")
+    return [picks for path in every for picks in read_picks_csv(path)], problems
 
 
 def picks_of(tomogram: Tomogram, models: list[MotorIdentifier], config: Config, device: torch.device) -> TomogramPicks:
@@ -124,7 +124,7 @@ def picks_of(tomogram: Tomogram, models: list[MotorIdentifier], config: Config, 
 
 def write_all(picks: list[TomogramPicks], output: Path, threshold: float, style: str) -> list[Path]:
     """Every format; submission.csv alone uses the threshold, the others hold every pick with its score."""
-    names = ("picks.csv", "submission.csv", "picks.star", "picks.tbl", "copick")
+    names = ("picks.csv", "submission.csv", "picks.star", "picks.tbl", "picks.doc", "copick")
     write_picks_csv(output / "picks.csv", picks)
     write_submission_csv(output / "submission.csv", picks, threshold)
     pixel = {one.tomo_id: one.spacing_angstrom[2] for one in picks} if style == "relion4" else {}

@@ -32,29 +32,31 @@ from motor_detection.trainer import check_hardware, choose_patches, train
 
 
 def prepare(config: Config, folder: Path, fresh: bool) -> None:
-    """The run's folder; of the phantom also the tomograms and patches, on first use."""
-    if fresh:
-        clear_run(folder)
-    open_run(folder, config, training_identity(config), [sys.executable, *sys.argv])
+    """Of the phantom the tomograms and patches, on first use; of a fresh run an empty folder."""
     if config.data.source == "phantom":
         summary = convert(config, False, config.data.test_fold)
         if summary.failed:
             raise data_error(*summary.failed)
+    if fresh:
+        clear_run(folder)
 
 
 def main(arguments: list[str]) -> int:
     parser = script_parser(__doc__ or "", PRESETS)
     parser.add_argument("--fresh", action="store_true", help="start the run over: its folder is deleted first")
     config, flags = parse_config(parser, PRESETS, arguments)
-    folder = run_folder(config, flags.preset)
+    folder = run_folder(config)
     keep_freed_memory()
     with process_group(config.train.deterministic) as device, ExitStack() as held:
-        check_hardware(config, device)
+        first_rank_does(lambda: check_hardware(config, device))
         first_rank_does(lambda: held.enter_context(exclusive(folder)))
         first_rank_does(lambda: prepare(config, folder, flags.fresh))
         data = resolve_data(config)
         labelled, _ = read_tomograms(data, dist.get_rank() == 0)
-        records = train(config, folder, choose_patches(config, data.patches, labelled), device)
+        patches = choose_patches(config, data.patches, labelled)
+        command = [sys.executable, *sys.argv]
+        first_rank_does(lambda: open_run(folder, config, training_identity(config), command))
+        records = train(config, folder, patches, device)
         if dist.get_rank() == 0:
             report(records, folder)
     return 0

@@ -258,7 +258,9 @@ def check_hardware(config: Config, device: torch.device) -> None:
     settings = config.train
     if settings.batch_size % (settings.micro_batch_size * dist.get_world_size()):
         share = f"{dist.get_world_size()} processes x train.micro_batch_size={settings.micro_batch_size}"
-        raise config_error(f"train.batch_size: {settings.batch_size} does not divide into {share}")
+        raise config_error(
+            f"train.batch_size: {settings.batch_size} does not divide into {share}; change one of the two"
+        )
     if device.type == "cpu" and settings.precision != "float32":
         # torch 2.13's bfloat16 weight gradients of 3D convolutions read foreign memory where a map is 3 cells wide
         raise config_error(f"train.precision: {settings.precision} trains on GPUs only; on this CPU expected float32")

@@ -101,6 +101,7 @@ def complete_folder(settings: MotorPhantom, folder: Path, num_processes: int) ->
     images, labels = folder / "train", folder / "labels.csv"
     missing = missing_tomograms(settings, folder)
     if missing:
+        print(f"simulating {len(missing)} tomograms into {folder}", flush=True)
         for _ in tqdm(
             written(settings, images, missing, num_processes), "simulating tomograms", len(missing), disable=None
         ):

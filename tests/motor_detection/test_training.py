@@ -25,7 +25,6 @@ from motor_detection.trainer import (
     Patches,
     State,
     begin,
-    build_model,
     choose_patches,
     keep_if_best,
     resume,
@@ -200,7 +199,7 @@ def test_the_best_weights_give_the_logged_figures_again(data_folder: Path, tmp_p
     top = max(record["average_precision"] for record in records)
     record = next(record for record in records if record["step"] == best["step"])
     assert record["average_precision"] == top
-    model = build_model(config.model).eval()
+    model = begin(config, CPU).average  # in the memory layout of training: another one rounds otherwise
     load_weights(model, best["weights"], tmp_path / "best.pt")
     with process_group(True) as device:
         again = validate(model, patches, config, device)
