@@ -19,9 +19,10 @@ class ScriptParser(argparse.ArgumentParser):
 def script_parser(description: str, presets: dict[str, ConfigType]) -> ScriptParser:
     """A parser with the shared flags; scripts add their own before parse_config. The first preset is the default."""
     default = next(iter(presets))
-    early = argparse.ArgumentParser(add_help=False)
-    early.add_argument("--preset", default=default, choices=list(presets))
-    named = early.parse_known_args([word for word in sys.argv[1:] if word in ("--preset", *presets)])[0].preset
+    words = [word.removeprefix("--preset=") for word in sys.argv]
+    named = next((after for word, after in zip(words, words[1:], strict=False) if word == "--preset"), default)
+    named = next((word for word, raw in zip(words, sys.argv, strict=True) if raw.startswith("--preset=")), named)
+    named = named if named in presets else default  # parse_config tells an unknown one; this is for --help
     parser = change_parser(description, f"the preset {named}", presets[named])
     parser.add_argument("--preset", default=default, metavar="NAME", help=f"{', '.join(presets)} (default {default})")
     return parser

@@ -11,7 +11,7 @@ def keep_freed_memory() -> None:
     """Let glibc serve tensors of any size from its heap and keep what is freed.
 
     By default every tensor above 32 MB is mapped afresh, and the system hands out its pages one fault at a time, zeroed:
-    a third of the time of a whole-volume inference on a CPU. Elsewhere than on Linux with glibc nothing changes.
+    up to half the time of a whole-volume inference on a CPU. Elsewhere than on Linux with glibc nothing changes.
     """
     if sys.platform != "linux":
         return

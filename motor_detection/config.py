@@ -18,7 +18,7 @@ class Data:
     labels: Path = Path("data/original_data/RELABELED_DATA.csv")  # or the original train_labels.csv
     patches: Path = Path("data/patches")  # what convert.py writes and train.py reads
     voxel_spacing_angstrom: float = 0.0  # Å; 0 = from the label table or the file's header
-    validation_fold: int = 0  # early stopping, best checkpoint and the score threshold are decided here
+    validation_fold: int = 0  # the best checkpoint and the score threshold are decided here
     test_fold: int = 1  # reported once by eval.py; never seen in training. -1 = train on it, no test
 
     def problems(self) -> Iterator[str]:
@@ -93,8 +93,13 @@ class Loss:
     topk: float = 0.2  # topk_bce: cells kept per sample; 1 or more = a count, below 1 = a share
 
     def problems(self) -> Iterator[str]:
-        if self.topk <= 0:
-            yield f"topk: expected a count >= 1 or a share of cells in (0, 1), got {self.topk}"
+        if self.topk <= 0 or (self.topk > 1 and self.topk != int(self.topk)):
+            yield f"topk: expected a whole count from 1 or a share of cells in (0, 1), got {self.topk}"
+        for name in ("gamma", "alpha"):
+            if getattr(self, name) != 0 and getattr(self, name) < 1:
+                yield f"{name}: expected 0 or at least 1 (between them the gradient is infinite), got {getattr(self, name)}"
+        if self.beta < 0:
+            yield f"beta: expected 0 or more, got {self.beta}"
         if self.positive_weight < 0:
             yield f"positive_weight: expected 0 or more, got {self.positive_weight}"
 
@@ -118,8 +123,12 @@ class Augment:
         for name in ("flip", "turn", "affine", "intensity", "noise", "mixup"):
             if not 0 <= getattr(self, name) <= 1:
                 yield f"{name}: expected a probability in [0, 1], got {getattr(self, name)}"
-        if not 0 <= self.scale < 1:
-            yield f"scale: expected a change below 1, got {self.scale}"
+        for name in ("scale", "contrast"):
+            if not 0 <= getattr(self, name) < 1:
+                yield f"{name}: expected a change in [0, 1), got {getattr(self, name)}"
+        for name in ("rotation_degrees", "shift", "brightness", "noise_level"):
+            if getattr(self, name) < 0:
+                yield f"{name}: expected 0 or more, got {getattr(self, name)}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +158,9 @@ class Train:
         for name in ("steps", "log_every", "validate_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 yield f"{name}: expected at least 1, got {getattr(self, name)}"
-        for name in ("warmup_share", "ema_decay"):
+        if self.weight_decay < 0:
+            yield f"weight_decay: expected 0 or more, got {self.weight_decay}"
+        for name in ("warmup_share", "ema_decay", "floor_share"):
             if not 0 <= getattr(self, name) < 1:
                 yield f"{name}: expected a share in [0, 1), got {getattr(self, name)}"
         for name in ("learning_rate_backbone", "learning_rate_head", "max_gradient_norm"):

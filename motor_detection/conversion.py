@@ -28,7 +28,7 @@ from motor_detection.heatmap import render_heatmaps
 from motor_detection.labels import LabelledTomogram
 from motor_detection.patches import cut_patch, plan_patches, write_patch
 from motor_detection.places import ConvertSettings
-from motor_detection.tomograms import load_bytes, open_tomogram
+from motor_detection.tomograms import load_bytes, open_tomogram, spacing_warnings
 
 COMPLETE = "complete.json"
 Message = tuple[str, str, Any]  # kind ("patch", "done", "failed", "end"), tomo_id, content
@@ -127,6 +127,8 @@ def produce(jobs: list[Job], messages: "Connection[Message, Message]") -> None:
     for job in jobs:
         try:
             tomogram = open_tomogram(job.path, job.label, job.settings.voxel_spacing_angstrom)
+            for warning in spacing_warnings(tomogram):
+                print(f"warning: {warning}", flush=True)
             plans = plan_patches(job.label, tomogram.volume.shape, job.settings.convert)
             if plans:
                 voxels = load_bytes(tomogram)

@@ -25,9 +25,9 @@ from common.report import Section, write_report
 from motor_detection.config import PRESETS, Config
 from motor_detection.evaluation import Picked, curve_of, evaluate, pick_fold
 from motor_detection.figures import draw_learning_curve, draw_picks, draw_precision_recall, view_of
-from motor_detection.inference import inference_device, load_model, working_copy
+from motor_detection.inference import check_identity, inference_device, load_model, working_copy
 from motor_detection.pick_files import write_picks_csv
-from motor_detection.places import read_tomograms, resolve_data, run_folder, tomograms_of_fold
+from motor_detection.places import read_tomograms, resolve_data, run_folder, tomograms_of_fold, training_identity
 
 SHOWN_TOMOGRAMS = 6
 
@@ -39,6 +39,7 @@ def measure(config: Config, folder: Path) -> dict[str, float | int | str]:
             "data.test_fold: -1 keeps no fold to report; pool the runs of several folds with crossval.py instead"
         )
     device = inference_device()
+    check_identity(folder / "checkpoints" / "best.pt", training_identity(config))
     model, _ = load_model(folder / "checkpoints" / "best.pt", device)
     models = [working_copy(model, config.inference.precision)]
     labelled, paths = read_tomograms(resolve_data(config), True)
@@ -79,8 +80,8 @@ def sections_of(figures: dict[str, float | int | str], config: Config, folder: P
     pictures = folder / "figures"
     rows = [["figure", "value"]] + [[n, f"{v:.4g}" if isinstance(v, float) else str(v)] for n, v in figures.items()]
     text = (
-        f"The threshold was chosen on {figures['validation_n']} validation tomograms; the {figures['n']} test tomograms "
-        f"were looked at once. Intervals: {config.evaluation.confidence:.0%}, bootstrap over tomograms."
+        f"The threshold was chosen on {figures['validation_n']} validation tomograms, not on the "
+        f"{figures['n']} test tomograms. Intervals: {config.evaluation.confidence:.0%}, bootstrap over tomograms."
     )
     return [
         Section("Figures on the test tomograms", text, rows, None, ""),

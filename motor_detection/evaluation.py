@@ -28,7 +28,7 @@ from motor_detection.inference import pick_motors
 from motor_detection.labels import LabelledTomogram
 from motor_detection.model_defs.motoridentifier import MotorIdentifier
 from motor_detection.pick_files import TomogramPicks
-from motor_detection.tomograms import Tomogram, open_tomogram
+from motor_detection.tomograms import Tomogram, open_tomogram, spacing_warnings
 
 CHANCE_DRAWS = 100
 FEWEST_FOR_INTERVAL = 5  # tomograms; resampling fewer says nothing about others
@@ -66,6 +66,8 @@ def pick_fold(
     picked = []
     for label in progress(labelled, description, len(labelled), True):
         tomogram = open_tomogram(paths[label.tomo_id], label, config.data.voxel_spacing_angstrom)
+        for warning in spacing_warnings(tomogram):
+            print(f"warning: {warning}")
         peaks = pick_motors(models, tomogram, config, device)
         picks = TomogramPicks(
             label.tomo_id, tomogram.volume.shape, tomogram.spacing_angstrom, peaks.points, peaks.scores
@@ -152,6 +154,8 @@ def evaluate(validation: list[Picked], test: list[Picked], settings: Evaluation)
     gain = paired_bootstrap_difference(
         ours.counts, blobs.counts, settings.beta, settings.bootstrap_resamples, settings.confidence, settings.seed
     )
+    if len(test) < FEWEST_FOR_INTERVAL:
+        gain = Interval(gain.estimate, math.nan, math.nan)
     error = localisation_error(answered(test, settings), threshold, settings.tolerance_angstrom)
     tp, fp, fn = (int(total) for total in ours.counts.sum(0))
     return {

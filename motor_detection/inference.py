@@ -17,7 +17,7 @@ from torch import Tensor
 
 from common.checkpoint import load_checkpoint, load_weights
 from common.config import configure
-from common.errors import data_error
+from common.errors import config_error, data_error
 from common.tiling import Box, Triple, balanced_tile, exact_tiles, output_shape, run_blended, run_exactly
 from motor_detection.config import KAGGLE, Config
 from motor_detection.intensity import Intensity, measure_intensity, to_bytes
@@ -55,6 +55,14 @@ class SlabCache:
         return normalised[None, None]
 
 
+def check_identity(path: Path, identity: str) -> None:
+    """Refuse a checkpoint of a run whose data, folds or model differ from the config in hand."""
+    if load_checkpoint(path, KIND)["identity"] != identity:
+        raise config_error(
+            f"{path}: was trained with other constants than these; give --run FOLDER and nothing that shapes it"
+        )
+
+
 def load_model(path: Path, device: torch.device) -> tuple[MotorIdentifier, Config]:
     """The averaged weights of a checkpoint as a model in eval mode, and the config it was trained with."""
     saved = load_checkpoint(path, KIND)
@@ -89,6 +97,8 @@ def heatmap_logits(
 
     flipped: axes (0 z, 1 y, 2 x) along which the network sees the tomogram reversed; the map is turned back.
     """
+    if config.inference.tiling == "exact" and not model.is_local:
+        raise config_error("inference.tiling: a model with group norm or squeeze-and-excitation needs blended windows")
     cache = SlabCache(tomogram, intensity, {})
     dtype = model.stem.weight.dtype
     shape = tomogram.volume.shape

@@ -41,8 +41,8 @@ def convert_settings(config: Config) -> ConvertSettings:
 def read_tomograms(data: Data, told: bool) -> tuple[list[LabelledTomogram], dict[str, Path]]:
     """Labelled tomograms that are not excluded, and each one's path; told: print the table's contradictions."""
     labelled, warnings = read_labels(data.labels)
+    paths, more = match_tomograms(labelled, data.root)
     used = [tomogram for tomogram in labelled if tomogram.fold >= 0]
-    paths, more = match_tomograms(used, data.root)
     for warning in [*warnings, *more] if told else []:
         print(f"warning: {warning}")
     return used, paths

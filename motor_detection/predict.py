@@ -20,6 +20,7 @@ if __name__ == "__main__":
 import argparse
 import dataclasses
 import hashlib
+import re
 
 import torch
 
@@ -42,9 +43,12 @@ from motor_detection.inference import (
     working_copy,
 )
 from motor_detection.model_defs.motoridentifier import MotorIdentifier
-from motor_detection.pick_files import TomogramPicks, read_picks_csv, write_picks_csv, write_submission_csv
+from motor_detection.pick_files import TOMO_ID, TomogramPicks, read_picks_csv, write_picks_csv, write_submission_csv
 from motor_detection.star_files import write_relion_star
 from motor_detection.tomograms import Tomogram, open_tomogram, spacing_warnings, tomogram_name
+
+CHANGE = re.compile(r"[a-z]+\.[a-z_]+=")  # section.name=value
+RESERVED = ("data_", "loop_", "save_", "global_", "stop_")  # words of the STAR format
 
 
 def find_inputs(paths: list[Path]) -> list[Path]:
@@ -64,6 +68,11 @@ def find_inputs(paths: list[Path]) -> list[Path]:
         else:
             found.append(path)
     names = [tomogram_name(path) for path in found]
+    unfit = [name for name in names if not TOMO_ID.fullmatch(name) or name.startswith(RESERVED)]
+    if unfit:
+        raise config_error(
+            f"--input: {', '.join(unfit[:5])} cannot be a name in STAR and CSV files; rename without spaces"
+        )
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise config_error(f"--input: {', '.join(twice[:5])} would be written twice; rename one or give other inputs")
@@ -96,7 +105,8 @@ def predict(
     told = config.inference.precision == "float32"
     for path in progress(paths, "picking", len(paths), True):
         finished = output / "tomograms" / f"{tomogram_name(path)}.csv"
-        if finished.exists():
+        source, origin = finished.with_suffix(".source"), f"{path.resolve()} {path.stat().st_mtime_ns}\n"
+        if finished.exists() and source.exists() and source.read_text() == origin:
             continue
         try:
             tomogram = open_tomogram(path, None, config.data.voxel_spacing_angstrom)
@@ -106,7 +116,10 @@ def predict(
                 cost = rounding_cost(models[0], tomogram, config, device)
                 print(f"{config.inference.precision} changes scores by at most {cost:.4f} (crop of {tomogram.tomo_id})")
                 told = True
-            write_picks_csv(finished, [picks_of(tomogram, working, config, device)])
+            found = picks_of(tomogram, working, config, device)
+            source.unlink(missing_ok=True)  # a tomogram of the same name from elsewhere is picked anew
+            write_picks_csv(finished, [found])
+            write_text(source, origin)
         except UserError as error:
             problems += error.problems
             print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
@@ -157,9 +170,7 @@ def main(arguments: list[str]) -> int:
         metavar="FILE.pt",
         help="best.pt of a run; repeat for an ensemble",
     )
-    parser.add_argument(
-        "--input", type=Path, nargs="+", required=True, metavar="PATH", help="tomograms, or folders of them"
-    )
+    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="tomograms, or folders of them")
     parser.add_argument("--output", type=Path, default=Path("inference_results"), metavar="FOLDER")
     parser.add_argument(
         "--threshold", type=float, default=0.5, help="of submission.csv; eval.py prints one (default 0.5)"
@@ -172,9 +183,9 @@ def main(arguments: list[str]) -> int:
     if not 0 < flags.threshold <= 1:
         raise config_error(f"--threshold {flags.threshold}: expected a score in (0, 1]")
     keep_freed_memory()
-    words = [path for path in flags.input if "=" in path.name and not path.exists()]  # --input takes what follows it
-    flags.changes += [str(word) for word in words]
-    paths = find_inputs([path for path in flags.input if path not in words])
+    words = [word for word in flags.input if CHANGE.match(word) and not Path(word).exists()]  # --input takes them too
+    flags.changes += words
+    paths = find_inputs([Path(word) for word in flags.input if word not in words])
     models, config = load_ensemble(flags.checkpoint, flags)
     if flags.print_config:
         print(as_yaml(config), end="")

@@ -262,7 +262,7 @@ def check_hardware(config: Config, device: torch.device) -> None:
             f"train.batch_size: {settings.batch_size} does not divide into {share}; change one of the two"
         )
     if device.type == "cpu" and settings.precision != "float32":
-        # torch 2.13's bfloat16 weight gradients of 3D convolutions read foreign memory where a map is 3 cells wide
+        # torch 2.13's bfloat16 weight gradients of 3D convolutions are wrong where a map is 3 cells wide
         raise config_error(f"train.precision: {settings.precision} trains on GPUs only; on this CPU expected float32")
 
 
