@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from common.errors import config_error
+from common.errors import config_error, data_error
 
 
 @contextmanager
@@ -14,8 +14,12 @@ def exclusive(folder: Path) -> Iterator[None]:
 
     Children do not inherit it (lockf, not flock), so a killed run's last loader worker keeps nobody waiting.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f".{folder.name}.lock").open("w") as file:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        file = (folder.parent / f".{folder.name}.lock").open("w")
+    except OSError as error:
+        raise data_error(f"{folder}: cannot be written ({error.strerror}); name a folder on a writable disk") from error
+    with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -29,6 +29,7 @@ def blob_picks(
     picks = {}
     for sigma in sigmas_angstrom:
         binning = np.maximum(1, np.floor(sigma / (BINNED_SIGMA * spacing))).astype(int)
+        binning = np.minimum(binning, volume.voxels.shape)  # a thin tomogram is one block thick
         binned = (bin_mean(volume.voxels, binning) - volume.mean) / volume.deviation
         sigma_voxels = sigma / (spacing * binning)
         response = scaled_laplacian(binned, sigma_voxels)

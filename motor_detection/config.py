@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -22,8 +23,8 @@ class Data:
     test_fold: int = 1  # reported once by eval.py; never seen in training. -1 = train on it, no test
 
     def problems(self) -> Iterator[str]:
-        if self.voxel_spacing_angstrom < 0:
-            yield f"voxel_spacing_angstrom: expected 0 (from the file) or a length in Å, got {self.voxel_spacing_angstrom}"
+        if self.voxel_spacing_angstrom != 0 and not 0.1 <= self.voxel_spacing_angstrom <= 1000:
+            yield f"voxel_spacing_angstrom: expected 0 (from the file) or 0.1 to 1000 Å, got {self.voxel_spacing_angstrom}"
         if self.validation_fold < 0:
             yield "validation_fold: expected a fold of the label table, 0 or more (-1 marks excluded tomograms)"
         if self.validation_fold == self.test_fold:
@@ -221,6 +222,12 @@ class Run:
     root: Path = Path("runs/motor_detection")  # of all runs' folders
     preset: str = "kaggle"  # begins the folder's name where run.name does not say another
     name: str | None = None  # folder under root; null = PRESET-<hash of the constants that shape the weights>
+
+    def problems(self) -> Iterator[str]:
+        for constant in ("preset", "name"):
+            value = getattr(self, constant)
+            if value is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]*", value):
+                yield f"{constant}: expected a folder's name of letters, digits, '.', '-' and '_', got {value!r}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -104,7 +104,8 @@ def patches_of(folder: Path, label: LabelledTomogram) -> list[Path] | None:
     if not marker.exists():
         return None
     content = json.loads(marker.read_text())
-    return [marker.parent / name for name in content["patches"]] if content["labels"] == label_digest(label) else None
+    files = [marker.parent / name for name in content["patches"]]
+    return files if content["labels"] == label_digest(label) and all(file.exists() for file in files) else None
 
 
 def label_digest(label: LabelledTomogram) -> str:

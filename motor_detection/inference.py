@@ -49,7 +49,7 @@ class SlabCache:
         missing = [z for z in range(z0, z1) if z not in self.slices]
         for z in missing:
             raw = self.tomogram.volume.read((z, 0, 0), (1, height, width))
-            self.slices[z] = to_bytes(raw, self.intensity)[0]
+            self.slices[z] = to_bytes(raw, self.intensity, self.tomogram.volume.path)[0]
         voxels = np.stack([self.slices[z][y0:y1, x0:x1] for z in range(z0, z1)])
         normalised = torch.from_numpy(voxels).float().sub_(self.intensity.mean).div_(self.intensity.deviation)
         return normalised[None, None]
@@ -72,6 +72,10 @@ def load_model(path: Path, device: torch.device) -> tuple[MotorIdentifier, Confi
         config = configure(KAGGLE, [Path(file.name)], [])
     model = build_model(config.model)
     load_weights(model, saved["weights"], path)
+    if not all(bool(torch.isfinite(value).all()) for value in model.state_dict().values()):
+        raise data_error(
+            f"{path}: holds weights that are not finite; the run diverged, train with lower learning rates"
+        )
     return model.eval().to(device, memory_format=torch.channels_last_3d), config  # type: ignore[call-overload]
 
 

@@ -1,6 +1,7 @@
 """Grey values: any volume as bytes, and the mean and deviation that normalise it, from a sample of its slices."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 
@@ -31,6 +32,8 @@ def measure_intensity(volume: Volume) -> Intensity:
     sample = np.concatenate([volume.read((int(z), 0, 0), (1, *volume.shape[1:])) for z in chosen])
     if not np.isfinite(sample).all():
         raise data_error(f"{volume.path}: holds NaN or infinite voxels; export the tomogram again")
+    if sample.dtype == np.bool_:
+        raise data_error(f"{volume.path}: holds true and false, no grey values; expected a tomogram")
     low, high = 0.0, 255.0
     if volume.dtype != np.uint8:
         low, high = (float(v) for v in np.percentile(sample, [CLIPPED_PERCENT, 100 - CLIPPED_PERCENT]))
@@ -40,8 +43,10 @@ def measure_intensity(volume: Volume) -> Intensity:
     return Intensity(low, high, float(scaled.mean(dtype=np.float64)), float(scaled.std(dtype=np.float64)))
 
 
-def to_bytes(voxels: np.ndarray, intensity: Intensity) -> np.ndarray:
-    """Voxels of a volume on its intensity scale, uint8."""
+def to_bytes(voxels: np.ndarray, intensity: Intensity, path: Path) -> np.ndarray:
+    """Voxels of a volume on its intensity scale, uint8; a data error for NaN or infinite ones."""
+    if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
+        raise data_error(f"{path}: holds NaN or infinite voxels between the sampled slices; export the tomogram again")
     return _as_bytes(voxels, intensity.low, intensity.high)
 
 

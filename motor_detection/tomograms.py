@@ -65,5 +65,5 @@ def load_bytes(tomogram: Tomogram) -> ByteVolume:
     voxels = np.empty((depth, height, width), np.uint8)
     for z in range(0, depth, 32):
         slab = tomogram.volume.read((z, 0, 0), (min(32, depth - z), height, width))
-        voxels[z : z + len(slab)] = to_bytes(slab, intensity)
+        voxels[z : z + len(slab)] = to_bytes(slab, intensity, tomogram.volume.path)
     return ByteVolume(voxels, tomogram.spacing_angstrom, intensity.mean, intensity.deviation)

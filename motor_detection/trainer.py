@@ -198,6 +198,8 @@ def validate(model: nn.Module, patches: Patches, config: Config, device: torch.d
         images, heat = plain_batch(batch, config.heatmap.sigma_angstrom, config.model.stride)
         with autocast(device, config.train.precision):
             logits = model(images.contiguous(memory_format=torch.channels_last_3d)).float()
+        if not torch.isfinite(logits).all():
+            raise data_error("train: the validation output is not finite; lower the learning rates")
         rows += score_patches(host_batch, logits, heat, config)
     together = sorted((row for part in gather_objects(rows) for row in part), key=lambda row: row[0])  # type: ignore[attr-defined]
     scores = np.array([row[1] for row in together])
