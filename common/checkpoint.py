@@ -1,41 +1,15 @@
-"""Files that are whole or absent: checkpoints and texts written beside, forced to disk, renamed; averaged weights."""
+"""Checkpoints of plain tensors, numbers and text, whole or absent; averaged weights."""
 
 import io
-import os
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from common.errors import data_error
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Let `write` fill a file beside the target, force it to disk, rename: a reader finds the old file or the new.
-
-    A full disk raises a data error (exit code 1) that names the file; what was finished before stays.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise data_error(f"{path}: cannot be written ({error.strerror}); nothing finished before it is lost") from error
-    finally:
-        if partial.exists():
-            partial.unlink()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically, in UTF-8."""
-    write_atomically(path, lambda file: file.write(text.encode()))
+from common.files import write_atomically
 
 
 def save_checkpoint(state: dict[str, Any], path: Path) -> None:
@@ -45,8 +19,11 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
     write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
 
-def load_checkpoint(path: Path, kind: str) -> dict[str, Any]:
-    """Load a checkpoint of one kind (its "kind" entry) without executing any pickle; a data error names what is wrong."""
+def load_checkpoint(path: Path, kind: str, entries: dict[str, type]) -> dict[str, Any]:
+    """Load a checkpoint of one kind (its "kind" entry) without executing any pickle; a data error names what is wrong.
+
+    entries: names that it must hold, and their types.
+    """
     if not path.is_file():
         raise data_error(f"{path}: no such checkpoint; expected the .pt file that train.py wrote (checkpoints/best.pt)")
     try:
@@ -59,12 +36,18 @@ def load_checkpoint(path: Path, kind: str) -> dict[str, Any]:
     if not isinstance(state, dict) or "kind" not in state or state["kind"] != kind:
         found = state["kind"] if isinstance(state, dict) and "kind" in state else "something else"
         raise data_error(f"{path}: expected a checkpoint of {kind}, found {found}; give the .pt file of such a run")
+    odd = [name for name, kind_of in entries.items() if name not in state or not isinstance(state[name], kind_of)]
+    if odd:
+        raise data_error(f"{path}: lacks {', '.join(odd)}; expected a checkpoint as train.py writes it")
     return state
 
 
 def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
     """Load weights that must match name by name and shape by shape; the first differences are named."""
     own = model.state_dict()
+    odd = [name for name, value in weights.items() if not isinstance(value, torch.Tensor)]
+    if odd:
+        raise data_error(f"{path}: {odd[0]} holds no weights but {weights[odd[0]]!r}; give an undamaged checkpoint")
     missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     resized = [f"{n} {tuple(weights[n].shape)} for {tuple(own[n].shape)}" for n in own.keys() & weights.keys()
                if weights[n].shape != own[n].shape]  # fmt: skip

@@ -1,12 +1,15 @@
 """The command line that every entry script shares: --preset, --config, section.name=value, --print-config, --help."""
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import NoReturn
 
 from common.config import ConfigType, as_yaml, configure, describe
 from common.errors import config_error
+
+CHANGE = re.compile(r"[a-z]\w*\.[a-z]\w*=")  # section.name=value
 
 
 class ScriptParser(argparse.ArgumentParser):
@@ -38,6 +41,12 @@ def change_parser(description: str, name: str, constants: ConfigType) -> ScriptP
     parser.add_argument("changes", nargs="*", metavar="section.name=value", help="change a constant (last one wins)")
     parser.epilog = f"constants of {name} (edit them in config.py, or change them above):\n{describe(constants)}"
     return parser
+
+
+def split_changes(words: list[str]) -> tuple[list[str], list[str]]:
+    """Words of the form section.name=value, and all others; an existing path is never a change."""
+    changes = [word for word in words if CHANGE.match(word) and not Path(word).exists()]
+    return changes, [word for word in words if word not in changes]
 
 
 def parse_config(

@@ -20,9 +20,10 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
-from common.errors import config_error
+from common.errors import config_error, data_error
 
 ConfigType = TypeVar("ConfigType")
+LARGEST_INT = 2**31 - 1  # of a constant: seeds, counts and sizes; more would only end in some library's overflow
 UNIONS = (types.UnionType, Union)  # how `int | None` and `Literal[...] | None` are declared
 
 
@@ -42,11 +43,30 @@ def configure(constants: ConfigType, yaml_files: list[Path], changes: list[str])
             problems.append(f"{change}: expected section.name=value (flags begin with --)")
             continue
         _merge(tree, _nested(name, text, problems))
+    config = _judged(constants, tree, problems)
+    if problems:
+        raise config_error(*problems)
+    return config
+
+
+def restore(constants: ConfigType, text: str, path: Path) -> ConfigType:
+    """The configuration that as_yaml wrote into a file of ours; a data error names the file where it no longer fits."""
+    problems: list[str] = []
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise data_error(f"{path}: its config is damaged ({' '.join(str(error).split())})") from error
+    config = _judged(constants, tree, problems)
+    if problems:
+        raise data_error(*(f"{path}: its config does not fit this version: {problem}" for problem in problems))
+    return config
+
+
+def _judged(constants: ConfigType, tree: Any, problems: list[str]) -> ConfigType:
+    """The constants with a tree of changes; what is wrong with it is added to the problems."""
     config = _replace(constants, tree, "", problems)
     if not problems:
         problems.extend(_judge(config, ""))
-    if problems:
-        raise config_error(*problems)
     return config  # type: ignore[no-any-return]
 
 
@@ -131,6 +151,8 @@ def _replace(config: Any, changes: Any, path: str, problems: list[str]) -> Any:
                 converted[name] = _convert(value, declared[name])
             except ValueError:
                 problems.append(f"{full}: expected {_type_in_words(declared[name])}, got {value!r}")
+            except OverflowError:
+                problems.append(f"{full}: expected whole numbers of at most {LARGEST_INT}, got {value!r}")
     return dataclasses.replace(config, **converted)
 
 
@@ -161,7 +183,10 @@ def _judge(config: Any, path: str) -> Iterator[str]:
 
 
 def _convert(value: Any, declared: Any) -> Any:
-    """The value as its declared type, or ValueError; nothing is truncated, rounded or read as true or false."""
+    """The value as its declared type, or ValueError; nothing is truncated, rounded or read as true or false.
+
+    A whole number too large for any seed, count or size is an OverflowError.
+    """
     origin, arguments = get_origin(declared), get_args(declared)
     if origin in UNIONS:
         if value is None and type(None) in arguments:
@@ -187,6 +212,8 @@ def _convert(value: Any, declared: Any) -> Any:
     if declared is Path and type(value) is str and value:
         return Path(value)
     if declared in (bool, int, str) and type(value) is declared:
+        if declared is int and abs(value) > LARGEST_INT:
+            raise OverflowError
         return value
     raise ValueError
 

@@ -14,6 +14,8 @@ def exclusive(folder: Path) -> Iterator[None]:
 
     Children do not inherit it (lockf, not flock), so a killed run's last loader worker keeps nobody waiting.
     """
+    if folder.exists() and not folder.is_dir():
+        raise config_error(f"{folder}: is a file (expected a folder, or a new name)")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         file = (folder.parent / f".{folder.name}.lock").open("w")

@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 import torch
 import tqdm
 
-from common.checkpoint import write_text
 from common.config import as_yaml
-from common.errors import config_error
+from common.errors import config_error, data_error
+from common.files import read_text, write_text
 
 Item = TypeVar("Item")
 VERSIONED = ("torch", "numpy", "scipy", "pandas", "scikit-learn", "pillow")
@@ -29,10 +29,11 @@ def open_run(folder: Path, config: Any, identity: str, arguments: list[str]) -> 
     """Make a run's folder with config.yaml and environment.json; an error where it holds another run.
 
     identity: YAML of the constants that shape the weights; it must equal that of the run begun in this folder.
+    A run continued on another machine, device or library version says so, and notes it in environment.json.
     """
     recorded = folder / "identity.yaml"
-    if recorded.exists() and recorded.read_text() != identity:
-        theirs = recorded.read_text().splitlines()
+    if recorded.exists() and read_text(recorded) != identity:
+        theirs = read_text(recorded).splitlines()
         differs = next(
             (line.strip() for line in identity.splitlines() if line not in theirs), "another version's names"
         )
@@ -41,8 +42,21 @@ def open_run(folder: Path, config: Any, identity: str, arguments: list[str]) -> 
         )
     write_text(recorded, identity)
     write_text(folder / "config.yaml", as_yaml(config))
-    if not (folder / "environment.json").exists():
-        write_text(folder / "environment.json", json.dumps(environment(arguments), indent=2) + "\n")
+    note_environment(folder / "environment.json", environment(arguments))
+
+
+def note_environment(path: Path, now: dict[str, Any]) -> None:
+    """Write where a run began; later, add where it continued if that may change bits."""
+    try:
+        began: dict[str, Any] = json.loads(read_text(path)) if path.exists() else now | {"continued_on": []}
+        last = began["continued_on"][-1] if began["continued_on"] else began
+        changed = [name for name in ("commit", "device", "versions") if last[name] != now[name]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise data_error(f"{path}: damaged ({error!r}); delete it, and it is written anew") from error
+    if changed:
+        print(f"warning: {path.parent} began with another {' and '.join(changed)}; its bits may differ from here on")
+        began["continued_on"].append(now)
+    write_text(path, json.dumps(began, indent=2) + "\n")
 
 
 def environment(arguments: list[str]) -> dict[str, Any]:
@@ -72,9 +86,14 @@ def write_metrics(path: Path, records: list[dict[str, float]]) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The records of a metrics.csv; empty cells are left out."""
-    with path.open(newline="") as file:
-        return [{name: float(cell) for name, cell in row.items() if cell} for row in csv.DictReader(file)]
+    """The records of a metrics.csv; empty cells are left out. A data error names a file that is missing or damaged."""
+    try:
+        rows = list(csv.DictReader(io.StringIO(read_text(path))))
+        return [{name: float(cell) for name, cell in row.items() if cell} for row in rows]
+    except (ValueError, TypeError, csv.Error) as error:
+        raise data_error(
+            f"{path}: not a table of numbers ({error}); training the run to its end writes it anew"
+        ) from error
 
 
 def progress(items: Iterable[Item], description: str, total: int, shown: bool) -> "tqdm.tqdm[Item]":

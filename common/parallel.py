@@ -1,14 +1,19 @@
 """Several processes under torchrun, or a group of one: the code above has a single path."""
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from common.errors import UserError
+from common.errors import UserError, data_error
+
+Item = TypeVar("Item")
+LOST_PROCESS = re.compile("closed by peer|reset by peer|broken pipe|remote process exited|timed out", re.IGNORECASE)
 
 
 @contextmanager
@@ -16,6 +21,7 @@ def process_group(deterministic: bool) -> Iterator[torch.device]:
     """Join torchrun's group, or found a group of one; leave it at the end, also after an error.
 
     deterministic: refuse operations whose bits change from run to run (CUDA convolutions stay exact, a little slower).
+    Where another process of the group has died, a data error (exit code 1) says so.
     """
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS is not deterministic
     torch.use_deterministic_algorithms(deterministic)
@@ -30,21 +36,37 @@ def process_group(deterministic: bool) -> Iterator[torch.device]:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     try:
         yield torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    except UserError as error:
+        error.met_by_all = False  # what all ranks meet together, first_rank_does and all_ranks_do share out
+        raise
+    except RuntimeError as error:
+        if dist.get_world_size() == 1 or not LOST_PROCESS.search(str(error)):
+            raise
+        lost = data_error(f"process {dist.get_rank()}: another process of the group ended; its own message says why")
+        lost.met_by_all = False
+        raise lost from error
     finally:
         dist.destroy_process_group()
 
 
+def all_ranks_do(work: Callable[[], Item]) -> Item:
+    """Let every rank work and give each its result; a user error on any rank ends them all, each line printed once."""
+    result: list[Item] = []
+    error: UserError | None = None
+    try:
+        result.append(work())
+    except UserError as caught:
+        error = caught
+    errors = [found for found in gather_objects(error) if found is not None]
+    if errors:
+        problems = list(dict.fromkeys(problem for found in errors for problem in found.problems))
+        raise UserError(errors[0].exit_code, problems if dist.get_rank() == 0 else [])
+    return result[0]
+
+
 def first_rank_does(work: Callable[[], None]) -> None:
     """Let the first rank work while the others wait; a user error there ends every rank, and is printed once."""
-    outcome: list[UserError | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            work()
-        except UserError as error:
-            outcome = [error]
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[0] is not None:
-        raise outcome[0] if dist.get_rank() == 0 else UserError(outcome[0].exit_code, [])
+    all_ranks_do(lambda: work() if dist.get_rank() == 0 else None)
 
 
 def average_gradients(model: nn.Module) -> None:
@@ -67,8 +89,8 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-def gather_objects(item: object) -> list[object]:
+def gather_objects(item: Item) -> list[Item]:
     """Every rank's item, in rank order, on every rank (pickled between the group's own processes)."""
-    items: list[object] = [None] * dist.get_world_size()
+    items = [item] * dist.get_world_size()
     dist.all_gather_object(items, item)
     return items

@@ -5,7 +5,7 @@ import dataclasses
 import html
 from pathlib import Path
 
-from common.checkpoint import write_text
+from common.files import write_text
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -47,7 +47,7 @@ def _section(section: Section) -> str:
         data = base64.b64encode(section.picture.read_bytes()).decode()
         parts.append(f'<img alt="{html.escape(section.title)}" src="data:image/png;base64,{data}">')
     if section.preformatted:
-        parts.append(f"<pre>{html.escape(section.preformatted)}</pre>")
+        parts.append(f"<details><summary>show</summary><pre>{html.escape(section.preformatted)}</pre></details>")
     return "\n".join(parts)
 
 

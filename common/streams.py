@@ -1,5 +1,6 @@
 """Addressed randomness: any draw is named by a purpose and numbers, so it can be replayed without its past."""
 
+import hashlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -7,8 +8,12 @@ import torch
 
 
 def random_for(purpose: str, *numbers: int) -> np.random.Generator:
-    """A fresh generator named by its purpose and numbers; equal names give equal draws on every machine and rank."""
-    return np.random.default_rng([*purpose.encode(), *numbers])
+    """A fresh generator named by its purpose and numbers; equal names give equal draws on every machine and rank.
+
+    The name is hashed as written, so no two names share a stream: not "ab" and ("a", 98), not 2**32 and (0, 1).
+    """
+    name = repr((purpose, [int(number) for number in numbers]))
+    return np.random.default_rng(np.frombuffer(hashlib.sha256(name.encode()).digest(), np.uint32))
 
 
 def seed_dropout(seed: int, step: int, micro_batch: int) -> None:

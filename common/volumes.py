@@ -5,17 +5,17 @@ Opening a volume reads headers; reading a box touches the bytes (or, for compres
 
 import abc
 import dataclasses
-import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile
 
 from common.errors import UserError, config_error, data_error
+from common.files import write_atomically
 
 Box = tuple[int, int, int]  # z, y, x in voxels
 Spacing = tuple[float, float, float]  # z, y, x in angstrom
@@ -25,7 +25,6 @@ MRC_SUFFIXES = (".mrc", ".rec", ".map")
 FILE_SUFFIXES = (".npy", *MRC_SUFFIXES)
 KNOWN_KINDS = f"a folder of slices ({', '.join(SLICE_SUFFIXES)}) or a file {', '.join(FILE_SUFFIXES)}"
 
-SLICE_JPEG_QUALITY = 95  # the highest that Pillow advises; PNG slices are exact
 KEPT_IMAGE_MODES: dict[str, np.dtype[Any]] = {  # Pillow's modes of more than 8 bits; all others become 8-bit grey
     "I;16": np.dtype(np.uint16),
     "I;16L": np.dtype(np.uint16),
@@ -35,7 +34,6 @@ KEPT_IMAGE_MODES: dict[str, np.dtype[Any]] = {  # Pillow's modes of more than 8 
     "F": np.dtype(np.float32),
 }
 UNREADABLE_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises on bad files
-SHOWN_PROBLEMS = 5  # of a folder; their number follows
 
 MRC_DTYPES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}  # mode -> samples, MRC2014 table 1
 MRC_KNOWN_MODES = "0 int8, 1 int16, 2 float32, 6 uint16, 12 float16"
@@ -90,10 +88,6 @@ class Volume(abc.ABC):
     @abc.abstractmethod
     def _read(self, corner: Box, size: Box) -> npt.NDArray[Any]: ...
 
-    @abc.abstractmethod
-    def check(self) -> None:
-        """Look at every header that opening left unread; a data error lists what is wrong."""
-
 
 @dataclasses.dataclass(frozen=True)
 class SliceFolder(Volume):
@@ -128,22 +122,6 @@ class SliceFolder(Volume):
         if pages != 1:
             raise data_error(f"{path}: {pages} pages (expected 1): export one file per slice")
 
-    def check(self) -> None:
-        """Open every slice's header: readable, of one size and one depth of grey."""
-        problems = []
-        for path in self.slices:
-            try:
-                with Image.open(path) as image:
-                    self._compare(path, image)
-            except UNREADABLE_IMAGE as error:
-                problems += unreadable_slice(path, error).problems
-            except UserError as error:
-                problems += error.problems
-        if len(problems) > SHOWN_PROBLEMS:
-            raise data_error(*problems[:SHOWN_PROBLEMS], f"{self.path}: {len(problems)} slices have problems in all")
-        if problems:
-            raise data_error(*problems)
-
 
 @dataclasses.dataclass(frozen=True)
 class MappedVolume(Volume):
@@ -158,9 +136,6 @@ class MappedVolume(Volume):
         stored = np.memmap(self.path, self.stored_dtype, "r", self.offset, self.stored_shape)
         box = tuple(slice(c, c + s) for c, s in zip(corner, size, strict=True))
         return np.array(stored.transpose(self.stored_axes)[box], self.dtype, order="C", subok=False)
-
-    def check(self) -> None:
-        """Nothing is left: opening has compared the file's size with its header."""
 
 
 def open_volume(path: Path) -> Volume:
@@ -309,26 +284,25 @@ def mrc_spacing(path: Path, header: Any) -> Spacing | None:
     return z, y, x
 
 
-def temporary_beside(path: Path) -> Path:
-    """A hidden name in the same folder, to be written and then renamed; it keeps the suffix."""
-    return path.with_name(f".{os.getpid()}-{path.name}")
+def write_slice_folder(volume: npt.NDArray[np.uint8], folder: Path, suffix: str, jpeg_quality: int) -> None:
+    """Write [z, y, x] grey levels as slice_0000.jpg (or .png, exact) ...; the folder appears once it is complete.
 
-
-def write_slice_folder(volume: npt.NDArray[np.uint8], folder: Path, suffix: str) -> None:
-    """Write [z, y, x] grey levels as slice_0000.jpg (or .png) ...; the folder appears once it is complete."""
+    jpeg_quality: 1 to 95, the highest that Pillow advises. What a killed call left behind is overwritten by the next.
+    """
     assert volume.ndim == 3 and volume.dtype == np.uint8, f"Expected 3D uint8, got {volume.ndim}D {volume.dtype}"
     if suffix not in (".jpg", ".png"):
         raise config_error(f"{folder}: cannot write slices as '{suffix}' (expected .jpg or .png)")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise config_error(f"{folder}: exists already (expected a new or empty folder): remove it or choose another")
-    unfinished = temporary_beside(folder)
-    unfinished.mkdir(parents=True)
+    unfinished = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
     try:
+        unfinished.mkdir(parents=True)
         for z, image in enumerate(volume):
-            Image.fromarray(image).save(
-                unfinished / f"slice_{z:04d}{suffix}", quality=SLICE_JPEG_QUALITY
-            )  # PNG is exact
+            Image.fromarray(image).save(unfinished / f"slice_{z:04d}{suffix}", quality=jpeg_quality)
         unfinished.replace(folder)
+    except OSError as error:
+        raise data_error(f"{folder}: cannot be written ({error.strerror}); what was finished before is kept") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -352,14 +326,10 @@ def write_mrc(path: Path, volume: npt.NDArray[Any], spacing_angstrom: Spacing) -
     header["space_group"], header["version"] = 1, 20140
     header["map"], header["machine_stamp"] = b"MAP ", b"DD"
     header["labels_used"], header["labels"][0] = 1, b"PlainScope"
-    unfinished = temporary_beside(path)
-    try:
-        with unfinished.open("wb") as file:
-            file.write(header.tobytes())
-            for section in volume:
-                file.write(np.ascontiguousarray(section, section.dtype.newbyteorder("<")).tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+
+    def write(file: IO[bytes]) -> None:
+        file.write(header.tobytes())
+        for section in volume:
+            file.write(np.ascontiguousarray(section, section.dtype.newbyteorder("<")).tobytes())
+
+    write_atomically(path, write)

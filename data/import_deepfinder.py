@@ -19,15 +19,16 @@ import zipfile
 import numpy as np
 import pandas as pd
 
-from common.checkpoint import write_atomically, write_text
 from common.command import ScriptParser
 from common.errors import data_error, run_script
+from common.files import write_atomically, write_text
+from data.relabelled import relabelled_row
 
 ASSUMED_SPACING_ANGSTROM = 10.0
 HELD_OUT_FOLDS = {8: 0, 9: 1}  # tomogram -> fold
 
 
-def import_tomogram(source: Path, number: int, target: Path) -> dict[str, object]:
+def import_tomogram(source: Path, number: int, target: Path) -> dict[str, str | int | float]:
     """Write one volume; return its row of the label table."""
     try:
         with np.load(source, allow_pickle=False) as file:
@@ -41,13 +42,8 @@ def import_tomogram(source: Path, number: int, target: Path) -> dict[str, object
         target / "tomograms" / f"tomo_{number}.npy", lambda out: np.save(out, np.ascontiguousarray(volume))
     )
     fold = HELD_OUT_FOLDS[number] if number in HELD_OUT_FOLDS else 2 + number % 3
-    z, y, x = centres[0]
     depth, height, width = volume.shape
-    return {
-        "tomo_id": f"tomo_{number}", "z": z, "y": y, "x": x, "z_shape": depth, "y_shape": height, "x_shape": width,
-        "voxel_spacing": ASSUMED_SPACING_ANGSTROM,
-        "coordinates": str([tuple(map(float, centre / volume.shape)) for centre in centres]), "fold": fold,
-    }  # fmt: skip
+    return relabelled_row(f"tomo_{number}", (depth, height, width), ASSUMED_SPACING_ANGSTROM, centres, fold)
 
 
 def main(arguments: list[str]) -> int:

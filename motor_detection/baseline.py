@@ -107,6 +107,14 @@ def random_picks(
     return drawn
 
 
+def middle_picks(shapes: list[tuple[int, int, int]], like: list[ScoredTomogram]) -> list[ScoredTomogram]:
+    """The middle of each volume, of score 1."""
+    return [
+        ScoredTomogram((np.array([shape]) - 1) / 2, np.ones(1), tomogram.truths, tomogram.spacing_angstrom)
+        for shape, tomogram in zip(shapes, like, strict=True)
+    ]
+
+
 def variant_in_words(variant: Variant) -> str:
     sigma, polarity = variant
     return f"{'dark' if polarity == DARK else 'bright'} blobs of sigma {sigma:g} Å"

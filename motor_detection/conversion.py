@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from common.checkpoint import write_text
 from common.config import as_yaml
 from common.errors import UserError, config_error, data_error
+from common.files import read_text, write_text
 from common.logbook import progress
 from motor_detection.config import Data
 from motor_detection.heatmap import render_heatmaps
@@ -87,7 +87,7 @@ def convert_all(
 def claim_folder(folder: Path, settings: ConvertSettings) -> None:
     """Record the settings of a folder of patches, or refuse a folder of other settings."""
     recorded, text = folder / "settings.yaml", as_yaml(settings)
-    if recorded.exists() and recorded.read_text() != text:
+    if recorded.exists() and read_text(recorded) != text:
         raise config_error(
             f"data.patches: {folder} was converted with other constants (see {recorded}); "
             "choose another folder, or empty it with --fresh"
@@ -103,9 +103,13 @@ def patches_of(folder: Path, label: LabelledTomogram) -> list[Path] | None:
     marker = folder / label.tomo_id / COMPLETE
     if not marker.exists():
         return None
-    content = json.loads(marker.read_text())
-    files = [marker.parent / name for name in content["patches"]]
-    return files if content["labels"] == label_digest(label) and all(file.exists() for file in files) else None
+    try:
+        content = json.loads(marker.read_bytes())
+        names, labels = [str(name) for name in content["patches"]], content["labels"]
+    except (ValueError, KeyError, TypeError):
+        return None  # a damaged marker: the tomogram is converted again
+    files = [marker.parent / name for name in names]
+    return files if labels == label_digest(label) and all(file.exists() for file in files) else None
 
 
 def label_digest(label: LabelledTomogram) -> str:

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from common.checkpoint import write_text
 from common.errors import config_error, data_error
-from motor_detection.pick_files import TomogramPicks, VolumeGrid, check_unique, picks_by_tomogram, read_text
+from common.files import read_text, write_text
+from motor_detection.pick_files import TomogramPicks, VolumeGrid, check_unique, picks_by_tomogram
 
 REWRITTEN_BY_COPICK = re.compile(r"[<>:\"/\\|?*\x00-\x1f\x7f\s_]|^-|-$")
 

@@ -1,6 +1,8 @@
 """Patch files as samples of an endless, addressed stream."""
 
 import dataclasses
+import hashlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +11,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from common.config import as_yaml
-from common.errors import config_error, data_error
+from common.errors import UserError, config_error, data_error
+from common.files import read_text
 from common.streams import epoch_and_index
-from motor_detection.conversion import patches_of
+from motor_detection.config import Config
+from motor_detection.conversion import label_digest, patches_of
 from motor_detection.labels import LabelledTomogram
 from motor_detection.patches import read_patch
-from motor_detection.places import ConvertSettings
+from motor_detection.places import ConvertSettings, check_has_motors, convert_settings, same_cut, tomograms_of_fold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,15 +33,58 @@ class Sample:
     index: Tensor  # (B,) number of the patch file
 
 
-def list_patches(folder: Path, settings: ConvertSettings, tomograms: list[LabelledTomogram]) -> list[Path]:
-    """The patch files of some tomograms, in order; unconverted tomograms are named and left out."""
+@dataclasses.dataclass(frozen=True)
+class Patches:
+    """The patch files of one run, the most motors that any of them can hold, and a digest of files and labels."""
+
+    train: list[Path]
+    validation: list[Path]
+    max_motors: int
+    digest: str
+
+
+def choose_patches(config: Config, folder: Path, tomograms: list[LabelledTomogram]) -> tuple[Patches, list[str]]:
+    """Training patches of all folds but the validation and the test fold; and what was left out, in words."""
+    data, settings = config.data, convert_settings(config)
+    train = [tomogram for tomogram in tomograms if tomogram.fold not in (data.validation_fold, data.test_fold)]
+    if not train:
+        raise config_error("data.validation_fold: with the test fold it takes all tomograms; none is left to train on")
+    validation = tomograms_of_fold(tomograms, data.validation_fold, "data.validation_fold")
+    check_has_motors(validation, data.validation_fold, "data.validation_fold")
+    check_settings(folder, settings)
+    chosen, warnings = [], []
+    for group in (train, validation):
+        files, missing = list_patches(folder, group)
+        chosen.append(files)
+        if missing:
+            found = (
+                f"{len(missing)} tomograms have no patches of these labels and are left out: {', '.join(missing[:5])}"
+            )
+            warnings.append(f"{folder}: {found}")
+    if not any(path.stem.endswith(("_single", "_multi")) for path in chosen[1]):
+        raise data_error(
+            f"data.patches: no validation patch in {folder} holds a motor; convert with convert.single above 0"
+        )
+    names = [f"{tomogram.tomo_id} {label_digest(tomogram)}" for tomogram in (*train, *validation)]
+    names += [f"{path.parent.name}/{path.name}" for files in chosen for path in files]
+    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
+    most = max(1, max(len(tomogram.motors) for tomogram in tomograms))
+    return Patches(chosen[0], chosen[1], most, digest), warnings
+
+
+def check_settings(folder: Path, settings: ConvertSettings) -> None:
+    """The patches must have been cut as the config says; heat maps are rendered anew in training, so theirs may differ."""
     recorded = folder / "settings.yaml"
     if not recorded.exists():
         raise data_error(
             f"data.patches: no patches in {folder}; run motor_detection/convert.py with the same words first"
         )
-    if recorded.read_text() != as_yaml(settings):
+    if not same_cut(read_text(recorded), as_yaml(settings)):
         raise config_error(f"data.patches: {folder} was converted with other constants than these; see {recorded}")
+
+
+def list_patches(folder: Path, tomograms: list[LabelledTomogram]) -> tuple[list[Path], list[str]]:
+    """The patch files of some tomograms, in order; and the names of those that are not converted."""
     patches: list[Path] = []
     missing = []
     for tomogram in tomograms:
@@ -46,19 +93,20 @@ def list_patches(folder: Path, settings: ConvertSettings, tomograms: list[Labell
             missing.append(tomogram.tomo_id)
         else:
             patches += found
-    if missing:
-        print(
-            f"warning: {len(missing)} tomograms have no patches of these labels and are left out: {', '.join(missing[:5])}"
-        )
     if not patches:
         raise data_error(f"data.patches: no patch of the chosen folds in {folder}; run motor_detection/convert.py")
-    return patches
+    return patches, missing
 
 
-def load_sample(path: Path, max_motors: int, position: int, index: int) -> Sample:
-    arrays = read_patch(path)
+def load_sample(path: Path, max_motors: int, position: int, index: int) -> Sample | UserError:
+    """One patch file as a batch of one; an unreadable one is returned as its error."""
+    try:
+        arrays = read_patch(path, ("patch", "motors", "spacing_angstrom", "intensity"))
+    except UserError as error:
+        return error
     motors = np.full((max_motors, 3), np.nan, np.float32)
-    motors[: len(arrays["motors"])] = arrays["motors"][:max_motors]
+    assert len(arrays["motors"]) <= max_motors, f"{path} holds {len(arrays['motors'])} motors, more than {max_motors}"
+    motors[: len(arrays["motors"])] = arrays["motors"]
     return Sample(
         torch.from_numpy(arrays["patch"])[None, None],
         torch.from_numpy(arrays["intensity"])[None],
@@ -69,9 +117,20 @@ def load_sample(path: Path, max_motors: int, position: int, index: int) -> Sampl
     )
 
 
-def stack(samples: list[Sample]) -> Sample:
-    """One batch of several samples."""
+def stack(samples: list[Sample | UserError]) -> Sample | UserError:
+    """One batch of several samples, or the first error among them."""
+    for sample in samples:
+        if isinstance(sample, UserError):
+            return sample
     return Sample(*(torch.cat([getattr(s, field.name) for s in samples]) for field in dataclasses.fields(Sample)))
+
+
+def next_batch(loader: Iterable[Sample | UserError]) -> Iterator[Sample]:
+    """The batches of a loader. Errors come as items, because a worker process would wrap what it raises in a traceback."""
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
 
 
 def to_device(batch: Sample, device: torch.device) -> Sample:
@@ -86,24 +145,24 @@ def normalise(batch: Sample) -> Tensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class PatchStream(Dataset[Sample]):
+class PatchStream(Dataset[Sample | UserError]):
     """Item p is the p-th patch the run ever sees: all patches in a fresh order every epoch, endless."""
 
     patches: list[Path]
     max_motors: int
     seed: int
 
-    def __getitem__(self, position: int) -> Sample:
+    def __getitem__(self, position: int) -> Sample | UserError:
         _, index = epoch_and_index(position, len(self.patches), self.seed)
         return load_sample(self.patches[index], self.max_motors, position, index)
 
 
 @dataclasses.dataclass(frozen=True)
-class PatchList(Dataset[Sample]):
+class PatchList(Dataset[Sample | UserError]):
     """Item i is the i-th patch file."""
 
     patches: list[Path]
     max_motors: int
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> Sample | UserError:
         return load_sample(self.patches[index], self.max_motors, index, index)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common.checkpoint import write_text
 from common.errors import data_error
+from common.files import read_text, write_text
 from motor_detection.pick_files import (
     TomogramPicks,
     VolumeGrid,
@@ -13,7 +13,6 @@ from motor_detection.pick_files import (
     number_text,
     numbers_of,
     picks_by_tomogram,
-    read_text,
 )
 
 DYNAMO_COLUMNS = 26  # up to x, y, z; Dynamo's own later columns (27-42) are optional

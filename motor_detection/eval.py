@@ -16,69 +16,114 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.checkpoint import write_text
+import torch
+
 from common.command import parse_config, script_parser
 from common.errors import config_error, run_script
+from common.files import read_text, write_text
 from common.logbook import read_metrics
 from common.memory import keep_freed_memory
 from common.report import Section, write_report
 from motor_detection.config import PRESETS, Config
-from motor_detection.evaluation import Picked, curve_of, evaluate, pick_fold
+from motor_detection.evaluation import Blobs, Picked, curve_of, evaluate, pick_blobs, pick_fold
 from motor_detection.figures import draw_learning_curve, draw_picks, draw_precision_recall, view_of
-from motor_detection.inference import check_identity, inference_device, load_model, working_copy
+from motor_detection.inference import inference_device, load_model, rounding_cost, working_copy
+from motor_detection.labels import LabelledTomogram
+from motor_detection.model_defs.motoridentifier import MotorIdentifier
 from motor_detection.pick_files import write_picks_csv
-from motor_detection.places import read_tomograms, resolve_data, run_folder, tomograms_of_fold, training_identity
+from motor_detection.places import (
+    check_has_motors,
+    read_tomograms,
+    resolve_data,
+    run_folder,
+    tomograms_of_fold,
+    training_identity,
+)
+from motor_detection.tomograms import open_tomogram
 
 SHOWN_TOMOGRAMS = 6
 
 
-def measure(config: Config, folder: Path) -> dict[str, float | int | str]:
-    """Pick, judge, write everything into the run's folder; return the figures."""
-    if config.data.test_fold < 0:
+def load_run(config: Config, folder: Path, device: torch.device) -> MotorIdentifier:
+    """The best weights of a run, which must be the run of these constants."""
+    best = folder / "checkpoints" / "best.pt"
+    model, trained = load_model(best, device)
+    if training_identity(trained) != training_identity(config):
+        raise config_error(
+            f"{best}: was trained with other constants than these; give --run FOLDER and nothing that shapes it"
+        )
+    return model
+
+
+def folds_to_pick(config: Config, labelled: list[LabelledTomogram]) -> dict[str, list[LabelledTomogram]]:
+    """The validation and the test tomograms; what would make a figure undefined is told before the work begins."""
+    data = config.data
+    if data.test_fold < 0:
         raise config_error(
             "data.test_fold: -1 keeps no fold to report; pool the runs of several folds with crossval.py instead"
         )
+    chosen = {}
+    for name, fold in (("validation", data.validation_fold), ("test", data.test_fold)):
+        chosen[name] = tomograms_of_fold(labelled, fold, f"data.{name}_fold")
+        check_has_motors(chosen[name], fold, f"data.{name}_fold")
+    return chosen
+
+
+def measure(config: Config, folder: Path) -> dict[str, float | int | str]:
+    """Pick, judge, write everything into the run's folder; return the figures."""
     device = inference_device()
-    check_identity(folder / "checkpoints" / "best.pt", training_identity(config))
-    model, _ = load_model(folder / "checkpoints" / "best.pt", device)
-    models = [working_copy(model, config.inference.precision)]
+    model = load_run(config, folder, device)
     labelled, paths = read_tomograms(resolve_data(config), True)
-    picked: dict[str, list[Picked]] = {}
-    for name, fold in (("validation", config.data.validation_fold), ("test", config.data.test_fold)):
-        chosen = tomograms_of_fold(labelled, fold, f"data.{name}_fold")
-        picked[name] = pick_fold(chosen, paths, models, config, device, f"picking {name}")
-        write_picks_csv(folder / "results" / f"picks_{name}.csv", [one.picks for one in picked[name]])
-    figures = evaluate(picked["validation"], picked["test"], config.evaluation)
+    folds = folds_to_pick(config, labelled)
+    tell_rounding(model, folds["validation"][0], paths, config, device)
+    models = [working_copy(model, config.inference.precision)]
+    picked = {name: pick_fold(fold, paths, models, config, device, f"picking {name}") for name, fold in folds.items()}
+    for name, fold in picked.items():
+        write_picks_csv(folder / "results" / f"picks_{name}.csv", [one.picks for one in fold])
+    blobs = pick_blobs(picked["validation"], picked["test"], config)
+    figures = evaluate(picked["validation"], picked["test"], blobs, config.evaluation)
     valid = {name: None if value != value else value for name, value in figures.items()}  # JSON knows no NaN
     write_text(folder / "results" / "metrics.json", json.dumps(valid, indent=2) + "\n")
-    draw_everything(picked, figures, config, folder)
+    draw_everything(picked["test"], blobs, figures, config, folder)
     return figures
 
 
+def tell_rounding(
+    model: MotorIdentifier, label: LabelledTomogram, paths: dict[str, Path], config: Config, device: torch.device
+) -> None:
+    """Print once what the working precision costs in accuracy."""
+    if config.inference.precision == "float32":
+        return
+    tomogram = open_tomogram(paths[label.tomo_id], label, config.data.voxel_spacing_angstrom)
+    cost = rounding_cost(model, tomogram, config, device)
+    print(f"{config.inference.precision} changes scores by at most {cost:.4f} (crop of {tomogram.tomo_id})")
+
+
 def draw_everything(
-    picked: dict[str, list[Picked]], figures: dict[str, float | int | str], config: Config, folder: Path
+    test: list[Picked], blobs: Blobs, figures: dict[str, float | int | str], config: Config, folder: Path
 ) -> None:
     """The pictures and the report of one evaluation."""
     pictures = folder / "figures"
     settings, threshold = config.evaluation, float(figures["threshold"])
-    test = [one.scored for one in picked["test"]]
-    curves = {"MotorIdentifier": curve_of(test, settings)}
-    draw_precision_recall(curves, threshold, pictures / "precision_recall.png")
-    shown = sorted(picked["test"], key=lambda one: -len(one.scored.truths))
+    curves = {
+        "MotorIdentifier": (curve_of([one.scored for one in test], settings), threshold),
+        "blob picker": (curve_of(blobs.test, settings), blobs.threshold),
+    }
+    draw_precision_recall(curves, pictures / "precision_recall.png")
+    shown = sorted(test, key=lambda one: -len(one.scored.truths))
     spread = [*shown[:3], *shown[len(shown) // 2 : len(shown) // 2 + 2], *shown[-1:]]
-    draw_picks(
-        [view_of(one, threshold) for one in spread[:SHOWN_TOMOGRAMS]],
-        settings.tolerance_angstrom,
-        pictures / "picks.png",
-    )
-    records = read_metrics(folder / "metrics.csv")
-    draw_learning_curve(records, pictures / "learning_curve.png")
+    views = [view_of(one, threshold) for one in spread[:SHOWN_TOMOGRAMS]]
+    draw_picks(views, settings.tolerance_angstrom, pictures / "picks.png")
+    draw_learning_curve(read_metrics(folder / "metrics.csv"), pictures / "learning_curve.png")
     write_report(folder / "report.html", f"motor_detection: {folder.name}", sections_of(figures, config, folder))
 
 
 def sections_of(figures: dict[str, float | int | str], config: Config, folder: Path) -> list[Section]:
     pictures = folder / "figures"
-    rows = [["figure", "value"]] + [[n, f"{v:.4g}" if isinstance(v, float) else str(v)] for n, v in figures.items()]
+    rows = [["figure", "value"]] + [
+        [name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value)]
+        for name, value in figures.items()
+    ]
     text = (
         f"The threshold was chosen on {figures['validation_n']} validation tomograms, not on the "
         f"{figures['n']} test tomograms. Intervals: {config.evaluation.confidence:.0%}, bootstrap over tomograms."
@@ -88,8 +133,8 @@ def sections_of(figures: dict[str, float | int | str], config: Config, folder: P
         Section("Picks", "", [], pictures / "picks.png", ""),
         Section("Precision and recall", "", [], pictures / "precision_recall.png", ""),
         Section("Learning curve", "", [], pictures / "learning_curve.png", ""),
-        Section("Config", "", [], None, (folder / "config.yaml").read_text()),
-        Section("Environment", "", [], None, (folder / "environment.json").read_text()),
+        Section("Config", "", [], None, read_text(folder / "config.yaml")),
+        Section("Environment", "", [], None, read_text(folder / "environment.json")),
     ]
 
 
@@ -105,7 +150,8 @@ def summary(figures: dict[str, float | int | str], config: Config) -> str:
             f"  localisation error {figures['localisation_error_angstrom']:.0f} Å (median)",
             f"baseline {name.upper()} {figures[f'baseline_{name}']:.3f} "
             f"({interval_in_words(figures, f'baseline_{name}', config)}): {figures['baseline']}",
-            f"chance {name.upper()} {figures[f'chance_{name}']:.3f}: random points",
+            f"chance {name.upper()} {figures[f'chance_{name}']:.3f}: random points; "
+            f"{figures[f'middle_{name}']:.3f}: always the middle",
         ]
     )
 

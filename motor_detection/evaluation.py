@@ -22,7 +22,7 @@ from common.metrics.detection import (
     precision_recall_curve,
 )
 from common.metrics.intervals import Interval, f_beta_interval, paired_bootstrap_difference
-from motor_detection.baseline import Variant, best_variant, blob_picks, random_picks, variant_in_words
+from motor_detection.baseline import best_variant, blob_picks, middle_picks, random_picks, variant_in_words
 from motor_detection.config import Config, Evaluation
 from motor_detection.inference import pick_motors
 from motor_detection.labels import LabelledTomogram
@@ -37,12 +37,20 @@ Counts = npt.NDArray[np.int64]
 
 @dataclasses.dataclass(frozen=True)
 class Picked:
-    """One labelled tomogram with what the network and the blob picker found in it."""
+    """One labelled tomogram with what the network found in it."""
 
     tomogram: Tomogram
     picks: TomogramPicks
     scored: ScoredTomogram
-    blobs: dict[Variant, ScoredTomogram]
+
+
+@dataclasses.dataclass(frozen=True)
+class Blobs:
+    """The blob picker as validation chose it, and its picks in the test tomograms."""
+
+    words: str
+    threshold: float
+    test: list[ScoredTomogram]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +70,7 @@ def pick_fold(
     device: torch.device,
     description: str,
 ) -> list[Picked]:
-    """Picks of the network and of the blob picker in every tomogram of a fold."""
+    """Picks of the network in every tomogram of a fold."""
     picked = []
     for label in progress(labelled, description, len(labelled), True):
         tomogram = open_tomogram(paths[label.tomo_id], label, config.data.voxel_spacing_angstrom)
@@ -72,17 +80,25 @@ def pick_fold(
         picks = TomogramPicks(
             label.tomo_id, tomogram.volume.shape, tomogram.spacing_angstrom, peaks.points, peaks.scores
         )
-        spacing = np.array(tomogram.spacing_angstrom)
-        blobs = blob_picks(
-            tomogram,
-            label.motors,
-            config.evaluation.blob_sigmas_angstrom,
-            config.inference.min_distance_angstrom,
-            config.inference.max_picks,
-        )
-        scored = ScoredTomogram(peaks.points, peaks.scores, label.motors, spacing)
-        picked.append(Picked(tomogram, picks, scored, blobs))
+        scored = ScoredTomogram(peaks.points, peaks.scores, label.motors, np.array(tomogram.spacing_angstrom))
+        picked.append(Picked(tomogram, picks, scored))
     return picked
+
+
+def pick_blobs(validation: list[Picked], test: list[Picked], config: Config) -> Blobs:
+    """The blob picker on the same tomograms: sigma, polarity and threshold are chosen on validation, as ours is."""
+    settings, inference = config.evaluation, config.inference
+    everyone = [*validation, *test]
+    found = [
+        blob_picks(
+            one.tomogram, one.scored.truths, settings.blob_sigmas_angstrom,
+            inference.min_distance_angstrom, inference.max_picks,
+        )
+        for one in progress(everyone, "picking blobs", len(everyone), True)
+    ]  # fmt: skip
+    variant, threshold = best_variant(found[: len(validation)], lambda chosen: curve_of(chosen, settings))
+    words = f"Laplacian of Gaussian, {variant_in_words(variant)}"
+    return Blobs(words, threshold, [blobs[variant] for blobs in found[len(validation) :]])
 
 
 def curve_of(tomograms: list[ScoredTomogram], settings: Evaluation) -> DetectionCurve:
@@ -122,14 +138,6 @@ def cross_fitted(groups: list[list[ScoredTomogram]], settings: Evaluation) -> tu
     return np.concatenate(counts), float(np.mean(thresholds))
 
 
-def judge_blobs(validation: list[Picked], test: list[Picked], settings: Evaluation) -> tuple[Verdict, str]:
-    """The blob picker with sigma, polarity and threshold chosen on validation, and which it was in words."""
-    variant, threshold = best_variant(
-        [picked.blobs for picked in validation], lambda chosen: curve_of(chosen, settings)
-    )
-    return judge([picked.blobs[variant] for picked in test], threshold, settings), variant_in_words(variant)
-
-
 def chance(test: list[Picked], settings: Evaluation) -> float:
     """Mean F-beta of random points, as many per tomogram as the task asks for."""
     like = [picked.scored for picked in test]
@@ -137,22 +145,32 @@ def chance(test: list[Picked], settings: Evaluation) -> float:
     motors = np.mean([len(tomogram.truths) for tomogram in like])
     each = 1 if settings.task == "one_per_tomogram" else max(1, round(float(motors)))
     draws = [
-        f_beta_of_counts(
-            counts_of(random_picks(shapes, like, draw, settings.seed, each), 0.5, settings).sum(0), settings.beta
-        )
-        for draw in range(CHANCE_DRAWS)
+        f_beta_at(random_picks(shapes, like, draw, settings.seed, each), 0.5, settings) for draw in range(CHANCE_DRAWS)
     ]
     return float(np.mean(draws))
 
 
-def evaluate(validation: list[Picked], test: list[Picked], settings: Evaluation) -> dict[str, float | int | str]:
+def middle(test: list[Picked], settings: Evaluation) -> float:
+    """F-beta of answering every tomogram's middle: what motors framed by a microscopist give without looking."""
+    return f_beta_at(
+        middle_picks([one.tomogram.volume.shape for one in test], [one.scored for one in test]), 0.5, settings
+    )
+
+
+def f_beta_at(tomograms: list[ScoredTomogram], threshold: float, settings: Evaluation) -> float:
+    return float(f_beta_of_counts(counts_of(tomograms, threshold, settings).sum(0), settings.beta))
+
+
+def evaluate(
+    validation: list[Picked], test: list[Picked], blobs: Blobs, settings: Evaluation
+) -> dict[str, float | int | str]:
     """The flat figures of results/metrics.json; the test tomograms are looked at once, here."""
     name = f"f{settings.beta:g}"
     threshold = choose_threshold([picked.scored for picked in validation], settings)
     ours = judge([picked.scored for picked in test], threshold, settings)
-    blobs, which = judge_blobs(validation, test, settings)
+    theirs = judge(blobs.test, blobs.threshold, settings)
     gain = paired_bootstrap_difference(
-        ours.counts, blobs.counts, settings.beta, settings.bootstrap_resamples, settings.confidence, settings.seed
+        ours.counts, theirs.counts, settings.beta, settings.bootstrap_resamples, settings.confidence, settings.seed
     )
     if len(test) < FEWEST_FOR_INTERVAL:
         gain = Interval(gain.estimate, math.nan, math.nan)
@@ -172,15 +190,16 @@ def evaluate(validation: list[Picked], test: list[Picked], settings: Evaluation)
         "threshold": threshold,
         "localisation_error_angstrom": error.median_angstrom,
         "localisation_error_90_angstrom": error.percentile_90_angstrom,
-        f"baseline_{name}": blobs.f_beta.estimate,
-        f"baseline_{name}_low": blobs.f_beta.low,
-        f"baseline_{name}_high": blobs.f_beta.high,
-        "baseline": f"Laplacian of Gaussian, {which}",
+        f"baseline_{name}": theirs.f_beta.estimate,
+        f"baseline_{name}_low": theirs.f_beta.low,
+        f"baseline_{name}_high": theirs.f_beta.high,
+        "baseline": blobs.words,
         f"gain_{name}_low": gain.low,
         f"gain_{name}_high": gain.high,
         f"chance_{name}": chance(test, settings),
+        f"middle_{name}": middle(test, settings),
         "validation_n": len(validation),
-        f"validation_{name}": judge([picked.scored for picked in validation], threshold, settings).f_beta.estimate,
+        f"validation_{name}": f_beta_at([picked.scored for picked in validation], threshold, settings),
     }
 
 

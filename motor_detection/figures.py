@@ -10,10 +10,11 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from common.checkpoint import write_atomically
+from common.files import write_atomically
 from common.metrics.detection import DetectionCurve
 from motor_detection.evaluation import Picked
 
+SCALE_BAR_ANGSTROM = 1000.0
 SLICE_REACH_ANGSTROM = 150.0  # how far from a slice a point is still drawn on it
 
 
@@ -57,14 +58,15 @@ def draw_learning_curve(records: list[dict[str, float]], path: Path) -> None:
     save_figure(figure, path)
 
 
-def draw_precision_recall(curves: dict[str, DetectionCurve], at: float, path: Path) -> None:
-    """Precision over recall of several methods; a cross marks the first at its threshold."""
+def draw_precision_recall(curves: dict[str, tuple[DetectionCurve, float]], path: Path) -> None:
+    """Precision over recall of several methods, each with a cross at its threshold."""
     figure, axes = plt.subplots(figsize=(4.6, 4.2))
-    for number, (name, curve) in enumerate(curves.items()):
+    for number, (name, (curve, threshold)) in enumerate(curves.items()):
         axes.plot(curve.recall, curve.precision, label=name, color=f"C{number}", drawstyle="steps-post")
-        if number == 0 and (curve.thresholds >= at).any():
-            chosen = int(np.flatnonzero(curve.thresholds >= at)[-1])
-            axes.plot(curve.recall[chosen], curve.precision[chosen], "kx", ms=9, label=f"at threshold {at:.2f}")
+        if (curve.thresholds >= threshold).any():
+            chosen = int(np.flatnonzero(curve.thresholds >= threshold)[-1])
+            label = f"at its threshold {threshold:.2f}"
+            axes.plot(curve.recall[chosen], curve.precision[chosen], "x", color=f"C{number}", ms=9, mew=2, label=label)
     axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1.02), ylim=(0, 1.02), title="test tomograms")
     axes.legend(frameon=False, fontsize=8)
     axes.grid(alpha=0.25)
@@ -72,23 +74,31 @@ def draw_precision_recall(curves: dict[str, DetectionCurve], at: float, path: Pa
 
 
 def draw_picks(shown: list[PickView], tolerance_angstrom: float, path: Path) -> None:
-    """The slice through each tomogram's best pick, from above (x-y) and from the side (x-z).
+    """The slice through each tomogram's best pick, from above (x-y) and from the side (x-z), all axes to scale.
 
-    Green circles: true motors, their radius the C-ring's; orange crosses: picks with their score. Motors and picks
-    within 150 angstrom of the slice are drawn.
+    Green circles: true motors; orange crosses: picks above the threshold. Motors and picks within 150 angstrom of the
+    slice are drawn. The white bar is 1000 angstrom long.
     """
-    figure, axes = plt.subplots(2, len(shown), figsize=(2.6 * len(shown), 4.4), squeeze=False,
-                                gridspec_kw={"height_ratios": [3, 1.3]})  # fmt: skip
+    heights = [max(view.slices[row].shape[0] / view.slices[row].shape[1] for view in shown) for row in range(2)]
+    width = 2.6
+    figure, axes = plt.subplots(2, len(shown), figsize=(width * len(shown), width * sum(heights) + 0.9), squeeze=False,
+                                gridspec_kw={"height_ratios": heights}, layout="constrained")  # fmt: skip
     for column, view in enumerate(shown):
         for row, (across, horizontal, vertical) in enumerate(((0, 2, 1), (1, 2, 0))):
             panel = axes[row][column]
-            image = view.slices[row]
-            panel.imshow(image, cmap="gray", interpolation="nearest", aspect="auto" if row else "equal")
+            panel.imshow(view.slices[row], cmap="gray", interpolation="nearest")
             mark_points(panel, view, across, horizontal, vertical)
-            panel.set(xticks=[], yticks=[])
-        axes[0][column].set_title(view.title, fontsize=7)
-    figure.suptitle(f"o true motor   x pick   (a pick within {tolerance_angstrom:g} Å counts)", fontsize=8, y=1.02)
-    figure.tight_layout()
+            height, edge = view.slices[row].shape
+            length = SCALE_BAR_ANGSTROM / view.spacing_angstrom[2]
+            panel.plot([0.05 * edge, 0.05 * edge + length], [0.94 * height] * 2, color="white", lw=2.5)
+            panel.set(xticks=[], yticks=[], xlim=(-0.5, edge - 0.5), ylim=(height - 0.5, -0.5))
+        axes[0][column].set_title(view.title, fontsize=8)
+    axes[0][0].set_ylabel("from above", fontsize=8)
+    axes[1][0].set_ylabel("from the side", fontsize=8)
+    figure.suptitle(
+        f"green: true motor   orange: pick, right within {tolerance_angstrom:g} Å   bar: {SCALE_BAR_ANGSTROM:g} Å",
+        fontsize=9,
+    )
     save_figure(figure, path)
 
 
@@ -113,5 +123,8 @@ def view_of(picked: Picked, threshold: float) -> PickView:
     side_first = max(0, int(centre[1]) - 1)
     side = volume.read((0, side_first, 0), (depth, min(3, height - side_first), width)).mean(1)
     score = f"best score {scored.scores[0]:.2f}" if len(scored.scores) else "no pick"
-    title = f"{picked.picks.tomo_id}, {len(scored.truths)} motors\n{score}"
+    motors = (
+        {0: "no motor", 1: "1 motor"}[len(scored.truths)] if len(scored.truths) < 2 else f"{len(scored.truths)} motors"
+    )
+    title = f"{picked.picks.tomo_id}\n{motors}, {score}"
     return PickView((above, side), scored.truths, kept, centre, spacing, title)

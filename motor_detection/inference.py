@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from common.checkpoint import load_checkpoint, load_weights
-from common.config import configure
+from common.config import restore
 from common.errors import config_error, data_error
 from common.tiling import Box, Triple, balanced_tile, exact_tiles, output_shape, run_blended, run_exactly
 from motor_detection.config import KAGGLE, Config
@@ -29,7 +29,6 @@ from motor_detection.trainer import KIND, build_model
 IN_MEMORY_BYTES = 512 * 2**20  # a split-level map larger than this lies in a temporary file
 FLIPS: list[tuple[int, ...]] = [(), (0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)]
 COST_CROP = (96, 192, 192)  # voxels on which the working precision is compared with float32
-FLIP_GRID = 32  # voxels; a multiple of every stride and of the deepest level's
 
 
 @dataclasses.dataclass
@@ -55,21 +54,10 @@ class SlabCache:
         return normalised[None, None]
 
 
-def check_identity(path: Path, identity: str) -> None:
-    """Refuse a checkpoint of a run whose data, folds or model differ from the config in hand."""
-    if load_checkpoint(path, KIND)["identity"] != identity:
-        raise config_error(
-            f"{path}: was trained with other constants than these; give --run FOLDER and nothing that shapes it"
-        )
-
-
 def load_model(path: Path, device: torch.device) -> tuple[MotorIdentifier, Config]:
     """The averaged weights of a checkpoint as a model in eval mode, and the config it was trained with."""
-    saved = load_checkpoint(path, KIND)
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        file.write(saved["config"])
-        file.flush()
-        config = configure(KAGGLE, [Path(file.name)], [])
+    saved = load_checkpoint(path, KIND, {"config": str, "weights": dict})
+    config = restore(KAGGLE, saved["config"], path)
     model = build_model(config.model)
     load_weights(model, saved["weights"], path)
     if not all(bool(torch.isfinite(value).all()) for value in model.state_dict().values()):
@@ -106,7 +94,7 @@ def heatmap_logits(
     cache = SlabCache(tomogram, intensity, {})
     dtype = model.stem.weight.dtype
     shape = tomogram.volume.shape
-    seen = padded_shape(shape, flipped)
+    seen = padded_shape(shape, flipped, model.deepest_stride)
 
     def read(box: Box) -> Tensor:
         return read_flipped(cache, box, shape, seen, flipped).to(device, dtype)
@@ -120,9 +108,9 @@ def heatmap_logits(
     return logits.flip(flipped)[: cells[0], : cells[1], : cells[2]]
 
 
-def padded_shape(shape: Triple, flipped: tuple[int, ...]) -> Triple:
-    """Flipped axes grow to multiples of 32 voxels, so that cells seen from either end are the same cells."""
-    z, y, x = (-(-n // FLIP_GRID) * FLIP_GRID if axis in flipped else n for axis, n in enumerate(shape))
+def padded_shape(shape: Triple, flipped: tuple[int, ...], grid: int) -> Triple:
+    """Flipped axes grow to multiples of the deepest level's stride, so that cells seen from either end are the same."""
+    z, y, x = (-(-n // grid) * grid if axis in flipped else n for axis, n in enumerate(shape))
     return z, y, x
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import config_error, data_error
-from common.volumes import FILE_SUFFIXES, SLICE_SUFFIXES, temporary_beside
+from common.volumes import FILE_SUFFIXES, SLICE_SUFFIXES
 
 NUM_FOLDS = 4  # of the relabelled table; the original one has no folds and gets as many
 EXCLUDED_FOLD = -1
@@ -217,21 +217,6 @@ def check_motors(
     for motor, times in collections.Counter(tuple(motor) for motor in motors.tolist()).items():
         if times > 1:
             problems.append(f"{where}: {field} z, y, x = {list(motor)} stands {times} times: keep one")
-
-
-def write_relabelled(path: Path, tomograms: list[LabelledTomogram]) -> None:
-    """Write the relabelled layout; its columns z, y, x hold the first motor in voxels, or -1."""
-    unfinished = temporary_beside(path)
-    with unfinished.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        first_motor_columns = ("z", "y", "x")
-        writer.writerow((RELABELLED_COLUMNS[0], *first_motor_columns, *RELABELLED_COLUMNS[1:]))
-        for tomogram in tomograms:
-            first_motor = tomogram.motors[0].tolist() if len(tomogram.motors) else [NO_MOTOR] * 3
-            points = [tuple(point) for point in (tomogram.motors / tomogram.shape).tolist()]
-            row = (tomogram.tomo_id, *first_motor, *tomogram.shape, tomogram.spacing_angstrom, points, tomogram.fold)
-            writer.writerow(row)
-    unfinished.replace(path)
 
 
 def match_tomograms(tomograms: list[LabelledTomogram], root: Path) -> tuple[dict[str, Path], list[str]]:

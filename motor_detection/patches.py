@@ -8,14 +8,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from common.checkpoint import write_atomically
 from common.errors import data_error
+from common.files import write_atomically
 from common.streams import random_for
 from motor_detection.config import Convert
 from motor_detection.labels import LabelledTomogram
 
 PatchType = Literal["single", "multi", "hard_negative", "negative"]
 MARGIN = 16  # voxels that a wanted motor keeps from the patch's faces, where the volume allows it
+PATCH_ARRAYS = ("patch", "heatmap", "patch_type", "motors", "origin", "spacing_angstrom", "intensity", "tomo_id")
 TRIES = 50  # random origins tried before a wanted patch is given up
 
 
@@ -143,10 +144,10 @@ def write_patch(path: Path, arrays: dict[str, Any]) -> None:
     write_atomically(path, lambda file: np.savez(file, **arrays))
 
 
-def read_patch(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of one patch file; a data error (exit code 1) names a file that is not one."""
+def read_patch(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Some arrays of one patch file (of PATCH_ARRAYS); a data error (exit code 1) names a file that is not one."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+            return {name: file[name] for name in names}
     except (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
         raise data_error(f"{path}: not a readable patch ({error}); delete it and run convert.py again") from error

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common.checkpoint import write_text
 from common.errors import UserError, config_error, data_error
+from common.files import read_text, write_text
 
 TOMO_ID = re.compile(r"[A-Za-z0-9][^\s/\\,\"'#]*")  # safe as a CSV cell, a STAR token and a folder name
 OUTSIDE_TOLERANCE_VOXEL = 1e-3  # what a conversion may add to a position on the very edge
@@ -209,16 +209,6 @@ def numbers_of(path: Path, line: int, words: list[str]) -> list[float]:
         if not math.isfinite(numbers[-1]):
             raise data_error(f"{path}:{line}: expected a finite number, got {word!r}")
     return numbers
-
-
-def read_text(path: Path) -> str:
-    """A whole UTF-8 text file, or a data error that names it."""
-    try:
-        return path.read_text(encoding="utf-8-sig")  # spreadsheet programs put a byte order mark in front
-    except OSError as error:
-        raise data_error(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise data_error(f"{path}: not a text file in UTF-8") from error
 
 
 def _csv_text(rows: list[list[str]]) -> str:

@@ -5,8 +5,10 @@ import hashlib
 import shutil
 from pathlib import Path
 
+import yaml
+
 from common.config import as_yaml, fingerprint
-from common.errors import config_error
+from common.errors import config_error, data_error
 from data.phantoms.motor import write_phantom
 from motor_detection.config import Config, Convert, Data, Heatmap
 from motor_detection.labels import LabelledTomogram, match_tomograms, read_labels
@@ -38,11 +40,23 @@ def convert_settings(config: Config) -> ConvertSettings:
     return ConvertSettings(same, config.heatmap, config.model.stride, config.data.voxel_spacing_angstrom)
 
 
+def same_cut(recorded: str, settings: str) -> bool:
+    """Whether two texts of ConvertSettings cut the same patches; their heat maps may differ."""
+    try:
+        one, other = yaml.safe_load(recorded), yaml.safe_load(settings)
+    except yaml.YAMLError:
+        return False
+    names = ("convert", "voxel_spacing_angstrom")
+    return isinstance(one, dict) and all(name in one and one[name] == other[name] for name in names)
+
+
 def read_tomograms(data: Data, told: bool) -> tuple[list[LabelledTomogram], dict[str, Path]]:
     """Labelled tomograms that are not excluded, and each one's path; told: print the table's contradictions."""
     labelled, warnings = read_labels(data.labels)
     paths, more = match_tomograms(labelled, data.root)
     used = [tomogram for tomogram in labelled if tomogram.fold >= 0]
+    if not used:
+        raise data_error(f"{data.labels}: every tomogram has fold -1 (excluded); expected folds from 0 on")
     for warning in [*warnings, *more] if told else []:
         print(f"warning: {warning}")
     return used, paths
@@ -57,10 +71,19 @@ def tomograms_of_fold(tomograms: list[LabelledTomogram], fold: int, name: str) -
     return chosen
 
 
+def check_has_motors(tomograms: list[LabelledTomogram], fold: int, name: str) -> None:
+    """Without a motor in a fold neither recall nor F-beta is defined on it."""
+    if not any(len(tomogram.motors) for tomogram in tomograms):
+        raise config_error(
+            f"{name}: no motor in the {len(tomograms)} tomograms of fold {fold}; choose a fold with some"
+        )
+
+
 def training_identity(config: Config) -> str:
     """YAML of the sections that shape the weights: what a run's folder and its checkpoints must agree on."""
     same = dataclasses.replace(config.train, workers=0, checkpoint_every=1)  # these change no bit
-    config = dataclasses.replace(config, train=same)
+    cut = dataclasses.replace(config.convert, producers=1)  # nor does this
+    config = dataclasses.replace(config, train=same, convert=cut)
     sections = {
         name: getattr(config, name)
         for name in ("data", "phantom", "convert", "heatmap", "model", "loss", "augment", "train")

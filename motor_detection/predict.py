@@ -20,14 +20,14 @@ if __name__ == "__main__":
 import argparse
 import dataclasses
 import hashlib
-import re
+import json
 
 import torch
 
-from common.checkpoint import write_text
-from common.command import change_parser
+from common.command import change_parser, split_changes
 from common.config import as_yaml, configure
 from common.errors import BAD_DATA, UserError, config_error, data_error, run_script
+from common.files import read_text, write_text
 from common.logbook import progress
 from common.memory import keep_freed_memory
 from common.volumes import FILE_SUFFIXES, SLICE_SUFFIXES
@@ -47,7 +47,6 @@ from motor_detection.pick_files import TOMO_ID, TomogramPicks, read_picks_csv, w
 from motor_detection.star_files import write_relion_star
 from motor_detection.tomograms import Tomogram, open_tomogram, spacing_warnings, tomogram_name
 
-CHANGE = re.compile(r"[a-z]+\.[a-z_]+=")  # section.name=value
 RESERVED = ("data_", "loop_", "save_", "global_", "stop_")  # words of the STAR format
 
 
@@ -68,15 +67,20 @@ def find_inputs(paths: list[Path]) -> list[Path]:
         else:
             found.append(path)
     names = [tomogram_name(path) for path in found]
-    unfit = [name for name in names if not TOMO_ID.fullmatch(name) or name.startswith(RESERVED)]
+    unfit = [name for name in names if not TOMO_ID.fullmatch(name) or name.startswith(RESERVED) or not is_text(name)]
     if unfit:
         raise config_error(
-            f"--input: {', '.join(unfit[:5])} cannot be a name in STAR and CSV files; rename without spaces"
+            f"--input: {', '.join(map(ascii, unfit[:5]))} cannot be a name in STAR and CSV files; rename without spaces"
         )
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise config_error(f"--input: {', '.join(twice[:5])} would be written twice; rename one or give other inputs")
     return found
+
+
+def is_text(name: str) -> bool:
+    """Names of files may hold bytes that are no UTF-8; tables cannot."""
+    return name.isprintable() and all(not "\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def holds_slices(path: Path) -> bool:
@@ -106,7 +110,7 @@ def predict(
     for path in progress(paths, "picking", len(paths), True):
         finished = output / "tomograms" / f"{tomogram_name(path)}.csv"
         source, origin = finished.with_suffix(".source"), f"{path.resolve()} {path.stat().st_mtime_ns}\n"
-        if finished.exists() and source.exists() and source.read_text() == origin:
+        if finished.exists() and source.exists() and source.read_bytes() == origin.encode():
             continue
         try:
             tomogram = open_tomogram(path, None, config.data.voxel_spacing_angstrom)
@@ -147,12 +151,26 @@ def write_all(picks: list[TomogramPicks], output: Path, threshold: float, style:
     return [output / name for name in names]
 
 
+def usual_threshold(checkpoints: list[Path]) -> float:
+    """What eval.py chose on validation for the run of a single checkpoint, if it has judged these weights; else 0.5."""
+    judged = checkpoints[0].parent.parent / "results" / "metrics.json"
+    if len(checkpoints) > 1 or not judged.exists() or judged.stat().st_mtime < checkpoints[0].stat().st_mtime:
+        print("threshold of submission.csv: 0.5 (eval.py chooses a better one; --threshold gives it)")
+        return 0.5
+    try:
+        threshold = float(json.loads(read_text(judged))["threshold"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise data_error(f"{judged}: damaged ({error!r}); run eval.py again, or give --threshold") from error
+    print(f"threshold of submission.csv: {threshold:.3f}, from {judged}")
+    return threshold
+
+
 def claim_output(output: Path, config: Config, checkpoints: list[Path]) -> None:
     """Finished tomograms are only kept where they came from the same weights and constants."""
     weights = [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in checkpoints]
     text = f"# weights {' '.join(weights)}\n{as_yaml(config)}"
     recorded = output / "config.yaml"
-    other = recorded.exists() and recorded.read_text() != text
+    other = recorded.exists() and read_text(recorded) != text
     if other and any((output / "tomograms").glob("*.csv")):
         raise config_error(
             f"--output {output}: holds picks of other weights or constants; give another folder, or --fresh"
@@ -173,19 +191,22 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="tomograms, or folders of them")
     parser.add_argument("--output", type=Path, default=Path("inference_results"), metavar="FOLDER")
     parser.add_argument(
-        "--threshold", type=float, default=0.5, help="of submission.csv; eval.py prints one (default 0.5)"
+        "--threshold",
+        type=float,
+        help="of submission.csv (default: what eval.py chose for the checkpoint's run, or 0.5)",
     )
     parser.add_argument(
         "--star", choices=("relion4", "relion5"), default="relion5", help="STAR coordinates: voxels, or centred Å"
     )
     parser.add_argument("--fresh", action="store_true", help="pick finished tomograms again")
     flags = parser.parse_intermixed_args(arguments)
-    if not 0 < flags.threshold <= 1:
-        raise config_error(f"--threshold {flags.threshold}: expected a score in (0, 1]")
+    threshold = flags.threshold if flags.threshold is not None else usual_threshold(flags.checkpoint)
+    if not 0 < threshold <= 1:
+        raise config_error(f"--threshold {threshold}: expected a score in (0, 1]")
     keep_freed_memory()
-    words = [word for word in flags.input if CHANGE.match(word) and not Path(word).exists()]  # --input takes them too
-    flags.changes += words
-    paths = find_inputs([Path(word) for word in flags.input if word not in words])
+    changes, inputs = split_changes(flags.input)  # --input takes them too
+    flags.changes += changes
+    paths = find_inputs([Path(word) for word in inputs])
     models, config = load_ensemble(flags.checkpoint, flags)
     if flags.print_config:
         print(as_yaml(config), end="")
@@ -196,9 +217,9 @@ def main(arguments: list[str]) -> int:
     claim_output(flags.output, config, flags.checkpoint)
     picks, problems = predict(paths, models, config, flags.output)
     if picks:
-        written = write_all(picks, flags.output, flags.threshold, flags.star)
-        above = sum(int((one.scores >= flags.threshold).sum()) for one in picks)
-        print(f"{above} picks with a score of at least {flags.threshold:g} in {len(picks)} tomograms")
+        written = write_all(picks, flags.output, threshold, flags.star)
+        above = sum(int((one.scores >= threshold).sum()) for one in picks)
+        print(f"{above} picks with a score of at least {threshold:.3f} in {len(picks)} tomograms")
         print("\n".join(map(str, written)))
     return BAD_DATA if problems else 0
 

@@ -7,15 +7,14 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from common.checkpoint import write_text
 from common.errors import config_error, data_error
+from common.files import read_text, write_text
 from motor_detection.pick_files import (
     TomogramPicks,
     VolumeGrid,
     check_unique,
     number_text,
     picks_by_tomogram,
-    read_text,
 )
 
 STAR_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")

@@ -23,12 +23,13 @@ from common.errors import data_error, run_script
 from common.lock import exclusive
 from common.logbook import open_run
 from common.memory import keep_freed_memory
-from common.parallel import first_rank_does, process_group
+from common.parallel import all_ranks_do, first_rank_does, process_group
 from motor_detection.config import PRESETS, Config
 from motor_detection.convert import convert
+from motor_detection.dataset import Patches, choose_patches
 from motor_detection.figures import draw_learning_curve
 from motor_detection.places import clear_run, read_tomograms, resolve_data, run_folder, training_identity
-from motor_detection.trainer import check_hardware, choose_patches, train
+from motor_detection.trainer import check_hardware, train
 
 
 def prepare(config: Config, folder: Path, fresh: bool) -> None:
@@ -41,6 +42,16 @@ def prepare(config: Config, folder: Path, fresh: bool) -> None:
         clear_run(folder)
 
 
+def find_patches(config: Config, told: bool) -> Patches:
+    """The patches of a run; told: print what the tables contradict and what was left out."""
+    data = resolve_data(config)
+    labelled, _ = read_tomograms(data, told)
+    patches, warnings = choose_patches(config, data.patches, labelled)
+    for warning in warnings if told else []:
+        print(f"warning: {warning}")
+    return patches
+
+
 def main(arguments: list[str]) -> int:
     parser = script_parser(__doc__ or "", PRESETS)
     parser.add_argument("--fresh", action="store_true", help="start the run over: its folder is deleted first")
@@ -51,9 +62,7 @@ def main(arguments: list[str]) -> int:
         first_rank_does(lambda: check_hardware(config, device))
         first_rank_does(lambda: held.enter_context(exclusive(folder)))
         first_rank_does(lambda: prepare(config, folder, flags.fresh))
-        data = resolve_data(config)
-        labelled, _ = read_tomograms(data, dist.get_rank() == 0)
-        patches = choose_patches(config, data.patches, labelled)
+        patches = all_ranks_do(lambda: find_patches(config, dist.get_rank() == 0))
         command = [sys.executable, *sys.argv]
         first_rank_does(lambda: open_run(folder, config, training_identity(config), command))
         records = train(config, folder, patches, device)

@@ -12,63 +12,30 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import AdamW
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from common.checkpoint import load_checkpoint, load_weights, save_checkpoint, update_average
 from common.config import as_yaml
-from common.errors import config_error, data_error
+from common.errors import BAD_DATA, UserError, config_error, data_error
 from common.logbook import Scalars, progress, write_metrics
-from common.metrics.detection import ScoredTomogram, average_precision, precision_recall_curve
-from common.metrics.heatmaps import comprehensive_heatmap_metric, soft_dice_score, topk_accuracy
-from common.parallel import gather_objects, sum_over_ranks
+from common.parallel import all_ranks_do, gather_objects, sum_over_ranks
 from common.schedule import warmup_then_cosine
 from common.step import RunningStatistics, autocast, guarded_update
 from common.streams import micro_batches, seed_dropout
-from motor_detection.augmentation import augmented_batch, plain_batch
+from motor_detection.augmentation import augmented_batch
 from motor_detection.config import Config, Model
-from motor_detection.dataset import PatchList, PatchStream, Sample, list_patches, stack, to_device
-from motor_detection.labels import LabelledTomogram
+from motor_detection.dataset import Patches, PatchStream, Sample, next_batch, stack, to_device
 from motor_detection.losses import heatmap_loss
 from motor_detection.model_defs.motoridentifier import MotorIdentifier
-from motor_detection.peaks import find_peaks
-from motor_detection.places import convert_settings, tomograms_of_fold, training_identity
+from motor_detection.places import training_identity
+from motor_detection.validation import validate
 
 KIND = "motor_detection"
-MIN_PEAK = 0.1  # of a target: below it a patch holds no motor whose place could be found
-PEAK_SCALE_CELLS = 60.0  # of the comprehensive heat-map metric, as published
-TOP_CELLS = 10  # of the top-k accuracy
-
-
-@dataclasses.dataclass(frozen=True)
-class Patches:
-    """The patch files of one run, and the most motors that any of them can hold."""
-
-    train: list[Path]
-    validation: list[Path]
-    max_motors: int
-
-
-def choose_patches(config: Config, folder: Path, tomograms: list[LabelledTomogram]) -> Patches:
-    """Training patches of all folds but the validation and the test fold."""
-    data = config.data
-    held_out = (data.validation_fold, data.test_fold)
-    train = [tomogram for tomogram in tomograms if tomogram.fold not in held_out]
-    if not train:
-        raise config_error("data.validation_fold: with the test fold it takes all tomograms; none is left to train on")
-    validation = tomograms_of_fold(tomograms, data.validation_fold, "data.validation_fold")
-    if not any(len(tomogram.motors) for tomogram in validation):
-        raise config_error(
-            f"data.validation_fold: no motor in fold {data.validation_fold}; choose a fold that has some"
-        )
-    settings = convert_settings(config)
-    most = max(1, max(len(tomogram.motors) for tomogram in tomograms))
-    return Patches(list_patches(folder, settings, train), list_patches(folder, settings, validation), most)
 
 
 def build_model(settings: Model) -> MotorIdentifier:
@@ -82,7 +49,7 @@ def build_optimizer(model: MotorIdentifier, weight_decay: float) -> AdamW:
         for decays in (True, False):
             chosen = [parameter for parameter in parameters if (parameter.dim() > 1) == decays]
             groups.append({"params": chosen, "name": name, "weight_decay": weight_decay if decays else 0.0})
-    return AdamW(groups, lr=0.0)
+    return AdamW(groups, lr=0.0, fused=True)
 
 
 @dataclasses.dataclass
@@ -97,11 +64,12 @@ class State:
     records: list[dict[str, float]]
     best: float
 
-    def as_checkpoint(self, config: Config) -> dict[str, Any]:
+    def as_checkpoint(self, config: Config, patches: Patches) -> dict[str, Any]:
         return {
             "kind": KIND,
             "config": as_yaml(config),
             "identity": training_identity(config),
+            "patches": patches.digest,
             "step": self.step,
             "records": self.records,
             "best": self.best,
@@ -112,26 +80,39 @@ class State:
         }
 
 
+CHECKPOINT = {"identity": str, "patches": str, "step": int, "records": list, "best": float, "weights": dict,
+              "model": dict, "optimizer": dict, "scaler": dict}  # fmt: skip
+
+
 def begin(config: Config, device: torch.device) -> State:
     """A run's first state: weights drawn from the seed, or loaded from train.start_from."""
     torch.manual_seed(config.train.seed)
     model = build_model(config.model).to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     if config.train.start_from is not None:
-        load_weights(model, load_checkpoint(config.train.start_from, KIND)["weights"], config.train.start_from)
+        saved = load_checkpoint(config.train.start_from, KIND, {"weights": dict})
+        load_weights(model, saved["weights"], config.train.start_from)
     average = copy.deepcopy(model).eval().requires_grad_(False)
     scaler = GradScaler(device.type, enabled=config.train.precision == "float16")
     return State(model, average, build_optimizer(model, config.train.weight_decay), scaler, 0, [], -1.0)
 
 
-def resume(state: State, path: Path, config: Config) -> None:
-    """Continue from a checkpoint of the very same run."""
-    saved = load_checkpoint(path, KIND)
-    if "optimizer" not in saved or saved["identity"] != training_identity(config):
+def resume(state: State, path: Path, config: Config, patches: Patches) -> None:
+    """Continue from a checkpoint of the very same run on the very same patches."""
+    saved = load_checkpoint(path, KIND, CHECKPOINT)
+    if saved["identity"] != training_identity(config):
         raise data_error(f"{path}: belongs to a run of another config; choose another run.name, or --fresh")
+    if saved["patches"] != patches.digest:
+        raise data_error(
+            f"{path}: the patches or their labels have changed since this run began; "
+            "--fresh starts it over with those of now, another run.name keeps both"
+        )
     load_weights(state.model, saved["model"], path)
     load_weights(state.average, saved["weights"], path)
-    state.optimizer.load_state_dict(saved["optimizer"])
-    state.scaler.load_state_dict(saved["scaler"])
+    try:
+        state.optimizer.load_state_dict(saved["optimizer"])
+        state.scaler.load_state_dict(saved["scaler"])
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise data_error(f"{path}: its optimizer state is damaged ({error}); start over with --fresh") from error
     state.step, state.records, state.best = saved["step"], saved["records"], saved["best"]
 
 
@@ -145,7 +126,7 @@ def take_step(
     for group in state.optimizer.param_groups:
         group["lr"] = peak[group["name"]] * share
     rounds = train.batch_size // (train.micro_batch_size * dist.get_world_size())
-    mean_loss = torch.zeros((), device=device)
+    seen: list[tuple[Tensor, Tensor]] = []  # losses and patch numbers of every micro-batch
     statistics.begin_step()
     for number in range(rounds):
         batch = to_device(next(stream), device)
@@ -157,91 +138,38 @@ def take_step(
         with autocast(device, train.precision):
             logits = state.model(images.contiguous(memory_format=torch.channels_last_3d))
         losses = heatmap_loss(logits, heat, config.loss)  # (B,)
-        refuse_non_finite(losses, batch, patches.train)
         state.scaler.scale(losses.mean() / rounds).backward()  # type: ignore[no-untyped-call]
         statistics.end_micro_batch()
-        mean_loss += losses.detach().mean() / rounds / dist.get_world_size()
+        seen.append((losses.detach(), batch.index))
+    mean_loss = finite_mean(seen, patches.train)
     statistics.end_step(rounds * dist.get_world_size())
     norm = guarded_update(state.model, state.optimizer, state.scaler, train.max_gradient_norm)
     update_average(state.average, state.model, train.ema_decay, state.step)
     state.step += 1
-    return {"loss": sum_over_ranks(mean_loss).item(), "gradient_norm": norm.item(), "learning_rate_share": share}
+    return {"loss": mean_loss, "gradient_norm": norm.item(), "learning_rate_share": share}
 
 
-def refuse_non_finite(losses: Tensor, batch: Sample, files: list[Path]) -> None:
-    """Stop at a loss that is not a number, and name the patches."""
-    if not torch.isfinite(losses).all():
-        bad = [str(files[index]) for index in batch.index[~torch.isfinite(losses)].tolist()]
-        raise data_error(
-            f"train: the loss is not finite on {', '.join(bad)}; look at these patches, or lower the learning rates; "
+def finite_mean(seen: list[tuple[Tensor, Tensor]], files: list[Path]) -> float:
+    """The mean loss of a step over all ranks; a loss that is not a number stops every rank and names the patches."""
+    losses, numbers = (torch.cat(parts) for parts in zip(*seen, strict=True))  # (samples of this rank,)
+    bad = ~torch.isfinite(losses)
+    total, num_bad, num_losses = sum_over_ranks(
+        torch.stack([losses.double().sum(), bad.sum().double(), losses.new_tensor(len(losses)).double()])
+    ).tolist()
+    if num_bad:
+        names = [str(files[k]) for part in gather_objects(numbers[bad].tolist()) for k in part]
+        problem = (
+            f"train: the loss is not finite on {', '.join(names)}; look at these patches, or lower the learning rates; "
             "the last checkpoint is kept"
         )
+        raise UserError(BAD_DATA, [problem] if dist.get_rank() == 0 else [])
+    return float(total / num_losses)
 
 
-@torch.inference_mode()
-def validate(model: nn.Module, patches: Patches, config: Config, device: torch.device) -> dict[str, float]:
-    """Loss, heat-map metrics and detection over all validation patches, each scored exactly once on any ranks.
-
-    average_precision is that of all picks, matched one to one within two sigma of the heat map (or the evaluation's
-    tolerance, if that is stricter): the metric that decides which weights are best.
-    """
-    mine = list(range(dist.get_rank(), len(patches.validation), dist.get_world_size()))
-    loader = DataLoader(
-        Subset(PatchList(patches.validation, patches.max_motors), mine),
-        batch_size=config.train.micro_batch_size,
-        num_workers=config.train.workers,
-        collate_fn=stack,
-    )
-    rows: list[tuple[int, list[float], ScoredTomogram]] = []
-    for host_batch in loader:
-        batch = to_device(host_batch, device)
-        images, heat = plain_batch(batch, config.heatmap.sigma_angstrom, config.model.stride)
-        with autocast(device, config.train.precision):
-            logits = model(images.contiguous(memory_format=torch.channels_last_3d)).float()
-        if not torch.isfinite(logits).all():
-            raise data_error("train: the validation output is not finite; lower the learning rates")
-        rows += score_patches(host_batch, logits, heat, config)
-    together = sorted((row for part in gather_objects(rows) for row in part), key=lambda row: row[0])  # type: ignore[attr-defined]
-    scores = np.array([row[1] for row in together])
-    tolerance = min(config.evaluation.tolerance_angstrom, 2 * config.heatmap.sigma_angstrom)
-    curve = precision_recall_curve([row[2] for row in together], tolerance, config.evaluation.beta)
-    names = ("validation_loss", "soft_dice", "heatmap_metric", "top_10_accuracy")
-    figures = {name: float(np.nanmean(scores[:, column])) for column, name in enumerate(names)}
-    return figures | {"average_precision": average_precision(curve)}
-
-
-def score_patches(
-    batch: Sample, logits: Tensor, heat: Tensor, config: Config
-) -> list[tuple[int, list[float], ScoredTomogram]]:
-    """Number, figures and picks of every patch of a validation batch."""
-    probabilities = logits.sigmoid()
-    figures = torch.stack(
-        [
-            heatmap_loss(logits, heat, config.loss),
-            soft_dice_score(probabilities, heat).where(heat.flatten(1).amax(1) >= MIN_PEAK, torch.nan),
-            comprehensive_heatmap_metric(probabilities, heat, PEAK_SCALE_CELLS, MIN_PEAK),
-            topk_accuracy(probabilities, heat, TOP_CELLS, MIN_PEAK),
-        ],
-        1,
-    ).tolist()
-    size = np.array(batch.voxels.shape[2:])
-    rows = []
-    for number, index in enumerate(batch.index.tolist()):
-        spacing = batch.spacing_angstrom[number].double().numpy()
-        peaks = find_peaks(
-            probabilities[number, 0].cpu().numpy(), config.model.stride, spacing, config.heatmap.sigma_angstrom,
-            config.inference.min_distance_angstrom, config.inference.min_score, config.inference.max_picks,
-        )  # fmt: skip
-        motors = batch.motors[number].double().numpy()
-        inside = ((motors >= -0.5) & (motors <= size - 0.5)).all(1)  # NaN is never inside
-        rows.append((index, figures[number], ScoredTomogram(peaks.points, peaks.scores, motors[inside], spacing)))
-    return rows
-
-
-def save(state: State, folder: Path, config: Config) -> None:
+def save(state: State, folder: Path, config: Config, patches: Patches) -> None:
     """Write last.pt and metrics.csv, on the first rank only."""
     if dist.get_rank() == 0:
-        save_checkpoint(state.as_checkpoint(config), folder / "checkpoints" / "last.pt")
+        save_checkpoint(state.as_checkpoint(config, patches), folder / "checkpoints" / "last.pt")
         write_metrics(folder / "metrics.csv", state.records)
 
 
@@ -272,14 +200,19 @@ def train(config: Config, folder: Path, patches: Patches, device: torch.device) 
     """Train, or continue, one run inside a process group; return its records, one per logged step."""
     settings = config.train
     first = dist.get_rank() == 0
-    state = begin(config, device)
+    state = all_ranks_do(lambda: begin(config, device))
+    if first:
+        size = f"{sum(parameter.numel() for parameter in state.model.parameters()):,} parameters"
+        counts = f"{len(patches.train)} training and {len(patches.validation)} validation patches"
+        print(f"MotorIdentifier, {size}; {counts}; {dist.get_world_size()} x {device.type}", flush=True)
     last = folder / "checkpoints" / "last.pt"
     if last.exists():
-        resume(state, last, config)
+        all_ranks_do(lambda: resume(state, last, config, patches))
         if first and state.step == settings.steps:
             print(f"{folder} is complete; --fresh starts it over", flush=True)
         elif first:
             print(f"continuing {folder} at step {state.step} of {settings.steps}", flush=True)
+    all_ranks_do(lambda: check_same_step(gather_objects(state.step), folder))
     plan = micro_batches(
         state.step,
         settings.steps,
@@ -297,8 +230,17 @@ def train(config: Config, folder: Path, patches: Patches, device: torch.device) 
         pin_memory=device.type == "cuda",
     )
     scalars = Scalars(folder / "tensorboard", state.records) if first else None
-    run_steps(state, iter(loader), patches, config, folder, scalars)
+    run_steps(state, next_batch(loader), patches, config, folder, scalars)
     return state.records
+
+
+def check_same_step(steps: list[int], folder: Path) -> None:
+    """Every process must continue at the same step: the run's folder lies on a disk that all machines share."""
+    if len(set(steps)) > 1:
+        raise config_error(
+            f"run.root: the processes would continue {folder} at the steps {steps}; "
+            "give a folder on a disk that all machines share"
+        )
 
 
 def run_steps(
@@ -326,6 +268,6 @@ def run_steps(
             if scalars is not None:
                 scalars.add(state.records[-1])
         if state.step % settings.checkpoint_every == 0 or at_end:
-            save(state, folder, config)
+            save(state, folder, config, patches)
     bar.close()
     sys.stdout.flush()

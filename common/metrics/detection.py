@@ -73,13 +73,11 @@ class LocalisationError:
     percentile_90_angstrom: float
 
 
-def f_beta(tp: float, fp: float, fn: float, beta: float) -> float:
-    """F-beta = (1 + b^2) TP / ((1 + b^2) TP + b^2 FN + FP), and 0 without any TP (van Rijsbergen 1979)."""
-    return float(f_beta_of_counts(np.array([tp, fp, fn], dtype=np.float64), beta))
-
-
 def f_beta_of_counts(counts: NDArray[np.number], beta: float) -> FloatArray:
-    """F-beta of counts (..., 3) holding TP, FP, FN; shape (...), 0 where there is no TP."""
+    """F-beta = (1 + b^2) TP / ((1 + b^2) TP + b^2 FN + FP) of counts (..., 3) holding TP, FP, FN; shape (...).
+
+    0 without any TP (van Rijsbergen 1979).
+    """
     assert counts.shape[-1] == 3, f"Expected (..., 3) counts, got {counts.shape}"
     tp, fp, fn = np.moveaxis(counts.astype(np.float64), -1, 0)
     weighted = (1 + beta**2) * tp
@@ -177,12 +175,6 @@ def byu_predictions(tomograms: list[ScoredTomogram], threshold: float) -> list[F
         else None
         for tomogram in tomograms
     ]
-
-
-def points_of_table(table: FloatArray) -> list[FloatArray | None]:
-    """Rows (n, 3) of a BYU table as points; None ("no motor") where any axis is -1 or missing (NaN)."""
-    assert table.ndim == 2 and table.shape[1] == 3, f"Expected (n, 3), got {table.shape}"
-    return [None if (row == -1).any() or np.isnan(row).any() else row for row in table]
 
 
 def byu_counts(

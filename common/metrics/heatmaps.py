@@ -56,8 +56,7 @@ def comprehensive_heatmap_metric(
 def topk_accuracy(probabilities: Tensor, targets: Tensor, k: int, min_peak: float) -> Tensor:
     """1 where the target's highest cell is among the k highest predicted cells, else 0; NaN without a true peak; (B,).
 
-    Ties count against the prediction: a flat map is a hit only if k covers all cells. `cells_of_percent` gives k for a
-    share of the map.
+    Ties count against the prediction: a flat map is a hit only if k covers all cells.
     """
     p, t = _cells(probabilities, targets)
     assert k >= 1, f"Expected k >= 1, got {k}"
@@ -66,12 +65,6 @@ def topk_accuracy(probabilities: Tensor, targets: Tensor, k: int, min_peak: floa
     rank = (p >= at_peak).sum(1)  # the peak's own cell included
     hit = (rank <= k).to(p.dtype)
     return hit.masked_fill(peak[:, 0] < min_peak, torch.nan)
-
-
-def cells_of_percent(percent: float, num_cells: int) -> int:
-    """The number of cells in a percentage of a map, at least one."""
-    assert 0 < percent <= 100, f"Expected a percentage in (0, 100], got {percent}"
-    return max(1, round(num_cells * percent / 100))
 
 
 def peak_sharpness(probabilities: Tensor) -> Tensor:

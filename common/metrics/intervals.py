@@ -1,11 +1,10 @@
-"""Confidence intervals over independent units (tomograms, patients): bootstrap and Wilson."""
+"""Confidence intervals over independent units (tomograms, patients) by the bootstrap."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtri
 
 from common.metrics.detection import f_beta_of_counts
 from common.streams import random_for
@@ -21,22 +20,6 @@ class Interval:
     estimate: float
     low: float
     high: float
-
-
-def wilson_interval(successes: int, n: int, confidence: float) -> Interval:
-    """Interval of a share of n independent units (Wilson 1927, JASA 22, 209-212), sound also near 0 and 1.
-
-    Centre (p + z^2/2n) / (1 + z^2/n), half width z sqrt(p(1-p)/n + z^2/4n^2) / (1 + z^2/n).
-    """
-    assert 0 <= successes <= n and n > 0, f"Expected 0 <= successes <= n with n > 0, got {successes} of {n}"
-    z = _normal_quantile(confidence)
-    share = successes / n
-    scale = 1 + z**2 / n
-    centre = (share + z**2 / (2 * n)) / scale
-    half_width = z * float(np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))) / scale
-    low = 0.0 if successes == 0 else centre - half_width  # exactly, where rounding would leave 1e-17
-    high = 1.0 if successes == n else centre + half_width
-    return Interval(share, low, high)
 
 
 def bootstrap_interval(
@@ -112,9 +95,3 @@ def _percentile_interval(estimate: float, resampled: FloatArray, confidence: flo
     assert len(defined) > 0, "Expected a statistic that is defined on some resample, got only NaN"
     low, high = np.quantile(defined, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(float(estimate), float(low), float(high))
-
-
-def _normal_quantile(confidence: float) -> float:
-    """The two-sided quantile of the normal distribution: 1.96 for 0.95."""
-    assert 0 < confidence < 1, f"Expected a confidence between 0 and 1, got {confidence}"
-    return float(ndtri((1 + confidence) / 2))

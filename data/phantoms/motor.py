@@ -8,7 +8,6 @@ import dataclasses
 import itertools
 import json
 import multiprocessing
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -16,21 +15,22 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from PIL import Image
 from tqdm import tqdm
 
-from common.checkpoint import write_text
 from common.errors import config_error
+from common.files import write_text
 from common.lock import exclusive
 from common.streams import random_for
+from common.volumes import write_slice_folder
 from data.phantoms.motor_clutter import draw_scene
 from data.phantoms.motor_imaging import Exposure, take_tomogram, to_grey_levels
-from data.phantoms.motor_scene import Scene, plan_scene, uniform
+from data.phantoms.motor_scene import plan_scene, uniform
 from data.phantoms.motor_settings import MotorPhantom
+from data.relabelled import relabelled_row
 
 __all__ = ["MotorPhantom", "SimulatedTomogram", "simulate_tomogram", "write_phantom"]
 
-GENERATOR_VERSION = 2  # raised whenever equal settings give other bits, so that stale folders are noticed
+GENERATOR_VERSION = 3  # raised whenever equal settings give other bits, so that stale folders are noticed
 TRAIN_FOLDS, VALIDATION_FOLD, TEST_FOLD = (2, 3, 4), 0, 1
 
 
@@ -89,7 +89,11 @@ def write_phantom(settings: MotorPhantom, folder: Path, num_processes: int) -> P
     if problems:
         raise config_error(*problems)
     recorded = folder / "settings.json"
-    if recorded.exists() and recorded.read_text() == described(settings) and not missing_tomograms(settings, folder):
+    if (
+        recorded.exists()
+        and recorded.read_bytes() == described(settings).encode()
+        and not missing_tomograms(settings, folder)
+    ):
         return folder / "labels.csv"
     with exclusive(folder):
         return complete_folder(settings, folder, num_processes)
@@ -122,7 +126,7 @@ def claim_folder(settings: MotorPhantom, folder: Path) -> None:
     """Note the settings in the folder before the first tomogram; refuse a folder made with others."""
     (folder / "train").mkdir(parents=True, exist_ok=True)
     for path in (folder / "settings.json", folder / "unfinished.json"):
-        if path.exists() and path.read_text() != described(settings):
+        if path.exists() and path.read_bytes() != described(settings).encode():
             raise config_error(
                 f"phantom: {folder} holds tomograms simulated with other settings (see {path.name});"
                 " delete the folder or name another"
@@ -149,31 +153,15 @@ def written(settings: MotorPhantom, images: Path, indices: list[int], num_proces
 
 
 def write_tomogram(settings: MotorPhantom, images: Path, index: int) -> None:
-    """Write one tomogram's slices under a temporary name and rename the folder when it is complete."""
+    """Write one tomogram's slices; its folder appears when it is complete."""
     tomogram = simulate_tomogram(settings, index)
-    beside = images / f".{tomogram.tomo_id}.writing"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    for z, section in enumerate(tomogram.volume):
-        Image.fromarray(section).save(beside / f"slice_{z:04d}.jpg", quality=settings.jpeg_quality)
-    beside.replace(images / tomogram.tomo_id)
+    write_slice_folder(tomogram.volume, images / tomogram.tomo_id, ".jpg", settings.jpeg_quality)
 
 
 def label_table(settings: MotorPhantom) -> pd.DataFrame:
-    """The truth in the columns of the relabelled BYU 2025 table: first motor in voxels, all as shares of the shape."""
-    return pd.DataFrame(label_row(plan_scene(settings, i), settings, i) for i in range(num_tomograms(settings)))
-
-
-def label_row(scene: Scene, settings: MotorPhantom, index: int) -> dict[str, str | int | float]:
-    """One tomogram's row; -1 stands for "no motor"."""
-    motors = scene.motors
-    first = motors[0].tolist() if len(motors) else [-1.0, -1.0, -1.0]
-    shares = [tuple(share) for share in (motors / np.array(scene.shape)).tolist()]
-    return {
-        "tomo_id": tomo_id(index),
-        **dict(zip(("z", "y", "x"), first, strict=True)),
-        **dict(zip(("z_shape", "y_shape", "x_shape"), scene.shape, strict=True)),
-        "voxel_spacing": scene.spacing_angstrom,
-        "coordinates": str(shares),
-        "fold": fold_of(settings, index),
-    }
+    """The truth in the columns of the relabelled BYU 2025 table."""
+    scenes = [plan_scene(settings, index) for index in range(num_tomograms(settings))]
+    return pd.DataFrame(
+        relabelled_row(tomo_id(index), scene.shape, scene.spacing_angstrom, scene.motors, fold_of(settings, index))
+        for index, scene in enumerate(scenes)
+    )

@@ -1,5 +1,7 @@
 """What lies in the ice of one tomogram, drawn: cells, motors, and the clutter that looks like motors."""
 
+import dataclasses
+
 import numpy as np
 
 from data.phantoms.motor_scene import Scene, envelope_sites, uniform, unit_vector
@@ -22,6 +24,15 @@ from data.phantoms.motor_shapes import (
 )
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Site:
+    """A place on a cell's inner membrane."""
+
+    anchor: Points  # (3,) angstrom
+    normal: Points  # (3,) outward unit vector
+    owner: int  # which cell
+
+
 def draw_scene(settings: MotorPhantom, scene: Scene, rng: np.random.Generator) -> Volume:
     """The density map of a scene on its simulated grid, in units of protein above ice."""
     grid = Grid(np.zeros(scene.grid_shape, np.float32), scene.spacing_angstrom)
@@ -30,8 +41,10 @@ def draw_scene(settings: MotorPhantom, scene: Scene, rng: np.random.Generator) -
         draw_carbon(grid, texture, rng)
     for cell in scene.cells:
         draw_cell(grid, cell, texture)
-    draw_cytoplasm(settings, grid, scene, rng)
-    draw_envelope_decoys(settings, grid, scene, rng)
+    decoys, arrays = envelope_decoys(settings, scene, rng)
+    keep_off = np.concatenate([scene.anchors - 100 * scene.normals, *(site.anchor[None] for site in decoys)])
+    draw_cytoplasm(settings, grid, scene, keep_off, rng)
+    draw_decoys(settings, grid, scene, decoys, arrays, rng)
     for anchor, normal, owner in zip(scene.anchors, scene.normals, scene.motor_cells, strict=True):
         draw_motor(settings, grid, scene.cells[owner], anchor, normal, rng)
     draw_filaments(settings, grid, rng)
@@ -79,11 +92,15 @@ def curved_path(start: Points, direction: Points, bend: Points, curvature: float
     return np.asarray(start + (np.sin(turned) * direction + (1 - np.cos(turned)) * bend) / curvature)
 
 
-def draw_cytoplasm(settings: MotorPhantom, grid: Grid, scene: Scene, rng: np.random.Generator) -> None:
-    """Ribosomes, granules and vesicles, clear of the motors; vesicles also lie outside the cells."""
+def draw_cytoplasm(
+    settings: MotorPhantom, grid: Grid, scene: Scene, keep_off: Points, rng: np.random.Generator
+) -> None:
+    """Ribosomes, granules and vesicles, clear of motors and decoys alike; vesicles also lie outside the cells.
+
+    Were only motors kept clear, the empty surround would give them away.
+    """
     size = np.array(grid.density.shape) * grid.spacing_angstrom
     volume = float(size.prod()) / 1e12  # cubic micrometres
-    keep_off = scene.anchors - 100 * scene.normals
     for cell in scene.cells:
         scattered = rng.uniform(0, 1, (round(settings.ribosomes_per_cubic_micrometre * volume), 3)) * size
         for centre in inside(cell, keep_off, scattered, 170):
@@ -104,22 +121,30 @@ def draw_cytoplasm(settings: MotorPhantom, grid: Grid, scene: Scene, rng: np.ran
 
 
 def inside(cell: Cell, keep_off: Points, points: Points, depth: float) -> Points:
-    """Those of the points (n, 3) that lie deeper than `depth` in the cytoplasm and 400 angstrom from any motor."""
+    """Those of the points (n, 3) deeper than `depth` in the cytoplasm and 400 angstrom off every point to keep off."""
     gaps = np.linalg.norm(points[:, None] - keep_off[None], axis=2)
     fits = (distance_at(cell, points) < -depth) & (gaps > 400).all(1)
     return np.asarray(points[fits], np.float64)
 
 
-def draw_envelope_decoys(settings: MotorPhantom, grid: Grid, scene: Scene, rng: np.random.Generator) -> None:
-    """Complexes at the membrane that lack a motor's rod and rings, and chemoreceptor arrays."""
+def envelope_decoys(settings: MotorPhantom, scene: Scene, rng: np.random.Generator) -> tuple[list[Site], list[Site]]:
+    """Where complexes that are no motors sit on the membranes, and where chemoreceptor arrays do."""
     if not scene.cells:
-        return
+        return [], []
     anchors, normals, owners = envelope_sites(settings, scene, 100, rng)
     apart = (np.linalg.norm(anchors[:, None] - scene.anchors[None], axis=2) > 600).all(1)
-    sites = list(zip(anchors[apart], normals[apart], owners[apart].tolist(), strict=True))
+    sites = [Site(*site) for site in zip(anchors[apart], normals[apart], owners[apart].tolist(), strict=True)]
     number = len(scene.cells) * int(rng.integers(settings.envelope_decoys[0], settings.envelope_decoys[1] + 1))
-    for anchor, normal, owner in sites[:number]:
-        outer, s, d = scene.cells[owner].periplasm, rng.uniform(0.8, 1.2), rng.uniform(1.0, 1.6)
+    arrays = [site for site in sites[number : number + len(scene.cells)] if rng.random() < settings.array_share]
+    return sites[:number], arrays
+
+
+def draw_decoys(
+    settings: MotorPhantom, grid: Grid, scene: Scene, decoys: list[Site], arrays: list[Site], rng: np.random.Generator
+) -> None:
+    """Complexes at the membrane that lack a motor's rod and rings, and chemoreceptor arrays."""
+    for site in decoys:
+        outer, s, d = scene.cells[site.owner].periplasm, rng.uniform(0.8, 1.2), rng.uniform(1.0, 1.6)
         kinds = (
             [Ring(0, 210 * s, -220, -70, d)],  # a dense disc where a C-ring would be
             [Ring(0, 150 * s, 40, outer - 40, d)],  # a plug in the periplasm
@@ -127,10 +152,9 @@ def draw_envelope_decoys(settings: MotorPhantom, grid: Grid, scene: Scene, rng: 
             [Ring(0, 70, -120, outer + 120, d)],  # a rod through both membranes: pilus or secretion machine
             [Ring(0, 170 * s, -260, -40, d), Ring(0, 110 * s, -40, 100, d)],  # a knob on the inner membrane
         )
-        draw_rings(grid, anchor, normal, kinds[int(rng.integers(len(kinds)))])
-    for anchor, normal, owner in sites[number : number + len(scene.cells)]:
-        if rng.random() < settings.array_share:
-            draw_array(grid, scene.cells[owner], anchor, normal, rng.uniform(300, 800))
+        draw_rings(grid, site.anchor, site.normal, kinds[int(rng.integers(len(kinds)))])
+    for site in arrays:
+        draw_array(grid, scene.cells[site.owner], site.anchor, site.normal, rng.uniform(300, 800))
 
 
 def draw_filaments(settings: MotorPhantom, grid: Grid, rng: np.random.Generator) -> None:

@@ -49,9 +49,10 @@ class MotorIdentifier(nn.Module):
         self.out_level = int(math.log2(stride)) - 1
         self.split_level = max(0, self.out_level - 1)
         self.split_channels = channels[self.split_level]
+        self.deepest_stride = 2 ** len(channels)  # voxels per cell of the deepest level
         self.is_local = norm == "batch" and not squeeze_excitation
         assert 2 ** (self.out_level + 1) == stride and 0 <= self.out_level < len(channels), f"stride {stride}"
-        self.stem = nn.Conv3d(1, channels[0], 5, stride=2, padding=2)
+        self.stem = nn.Conv3d(1, channels[0], 5, stride=2, padding=2, bias=False)  # a norm follows
         rates = [drop_path * level / max(1, len(channels) - 1) for level in range(len(channels))]
         self.stages = nn.ModuleList(
             PreActResBlock3d(channels[level - 1], channels[level], 2, norm, squeeze_excitation, rates[level])

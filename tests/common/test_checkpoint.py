@@ -1,7 +1,6 @@
 """Checkpoints: whole or absent, no pickle executed, foreign weights named; the average's formula."""
 
 import copy
-import errno
 import os
 import pickle
 import re
@@ -16,15 +15,9 @@ import pytest
 import torch
 from torch import nn
 
-from common.checkpoint import (
-    load_checkpoint,
-    load_weights,
-    save_checkpoint,
-    update_average,
-    write_atomically,
-    write_text,
-)
-from common.errors import BAD_DATA, UserError
+from common.checkpoint import load_checkpoint, load_weights, save_checkpoint, update_average
+from common.files import write_atomically
+from tests.common.test_files import data_error_that_names
 
 
 class TouchesAFile:
@@ -35,19 +28,6 @@ class TouchesAFile:
 
     def __reduce__(self) -> tuple[Any, tuple[Path]]:
         return Path.touch, (self.marker,)
-
-
-@contextmanager
-def data_error_that_names(path: Path) -> Iterator[list[str]]:
-    """Expects one problem in one line that begins with the path; its text is in the list afterwards."""
-    told: list[str] = []
-    with pytest.raises(UserError) as caught:
-        yield told
-    assert caught.value.exit_code == BAD_DATA
-    (problem,) = caught.value.problems
-    assert problem.startswith(f"{path}: ")
-    assert "\n" not in problem
-    told.append(problem)
 
 
 @contextmanager
@@ -72,67 +52,14 @@ def network(seed: int) -> nn.Sequential:
     return model
 
 
-def test_a_new_folder_is_made_and_an_old_file_replaced(tmp_path: Path) -> None:
-    path = tmp_path / "a" / "b" / "note.txt"
-    write_text(path, "Å first\n")
-    write_text(path, "second\n")
-    assert path.read_bytes() == b"second\n"
-    assert list(path.parent.iterdir()) == [path]
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
-        RuntimeError("torch"),
-        ValueError("x"),
-        KeyboardInterrupt(),
-        pickle.PicklingError("a lambda"),
-    ],
-    ids=lambda error: type(error).__name__,
-)
-@pytest.mark.parametrize("existed", [True, False])
-def test_a_writer_that_fails_half_way_leaves_what_was_there(
-    tmp_path: Path, error: BaseException, existed: bool
-) -> None:
-    path = tmp_path / "state.pt"
-    if existed:
-        path.write_bytes(b"old")
-
-    def write(file: IO[bytes]) -> None:
-        file.write(b"half")
-        raise error
-
-    with pytest.raises((type(error), UserError)):
-        write_atomically(path, write)
-    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("state.pt", b"old")] * existed
-
-
-def test_a_full_disk_is_a_data_error_that_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
-    with data_error_that_names(tmp_path / "a.txt") as told:
-        write_text(tmp_path / "a.txt", "text")
-    assert "No space left on device" in told[0]
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_disk_that_fills_up_while_torch_saves_keeps_the_old_checkpoint_and_says_why(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
     save_checkpoint({"kind": "a", "step": 1}, path)
     with small_disk(1 << 16), data_error_that_names(path) as told:
         save_checkpoint({"kind": "a", "step": 2, "weights": torch.zeros(1 << 18)}, path)
     assert "File too large" in told[0], "not torch's own words for it"
-    assert load_checkpoint(path, "a")["step"] == 1
+    assert load_checkpoint(path, "a", {})["step"] == 1
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_folder_that_cannot_be_made_is_a_data_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("not a folder")
-    with data_error_that_names(tmp_path / "file" / "run" / "a.txt"):
-        write_text(tmp_path / "file" / "run" / "a.txt", "text")
 
 
 def test_a_process_killed_while_it_writes_leaves_the_old_file(tmp_path: Path) -> None:
@@ -148,33 +75,9 @@ def test_a_process_killed_while_it_writes_leaves_the_old_file(tmp_path: Path) ->
     if child == 0:
         write_atomically(path, write)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    assert load_checkpoint(path, "a")["step"] == 1
+    assert load_checkpoint(path, "a", {})["step"] == 1
     save_checkpoint({"kind": "a", "step": 2}, path)  # what the dead process left is in nobody's way
-    assert load_checkpoint(path, "a")["step"] == 2
-
-
-def test_bytes_are_forced_to_disk_before_the_file_takes_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, seen = tmp_path / "a.txt", []
-    path.write_text("old")
-
-    def fsync(descriptor: int) -> None:
-        seen.append((path.read_text(), os.fstat(descriptor).st_size))
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    write_text(path, "newer")
-    assert seen[0] == ("old", 5)
-
-
-def test_a_reader_half_way_through_finishes_the_file_that_it_began(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    write_text(path, "old and long")
-    with path.open("rb", buffering=0) as file:
-        assert file.read(3) == b"old"
-        write_text(path, "new")
-        assert file.read() == b" and long"
-    assert path.read_text() == "new"
+    assert load_checkpoint(path, "a", {})["step"] == 2
 
 
 def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
@@ -193,7 +96,7 @@ def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
         "optimizer": optimizer.state_dict(),
     }
     save_checkpoint(state, tmp_path / "a.pt")
-    again = load_checkpoint(tmp_path / "a.pt", "a")
+    again = load_checkpoint(tmp_path / "a.pt", "a", {})
     assert np.isnan(again["best"])
     for name in ("kind", "step", "config", "records"):
         assert again[name] == state[name]
@@ -211,7 +114,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_not_run(tmp_path: Path, con
     state = {"kind": "a", "weights": TouchesAFile(marker)}
     torch.save(state, path) if container == "zip" else path.write_bytes(pickle.dumps(state, 2))
     with data_error_that_names(path) as told:
-        load_checkpoint(path, "a")
+        load_checkpoint(path, "a", {})
     assert "not a checkpoint of plain tensors" in told[0]
     assert not marker.exists()
     if container == "zip":
@@ -226,7 +129,7 @@ def test_a_truncated_file_is_a_data_error_wherever_it_ends(tmp_path: Path) -> No
     for length in [*range(0, len(whole) - 1, 97), len(whole) - 1]:
         path.write_bytes(whole[:length])
         with data_error_that_names(path):
-            load_checkpoint(path, "a")
+            load_checkpoint(path, "a", {})
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -235,13 +138,13 @@ def test_any_other_file_is_a_data_error(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.pt"
     path.write_bytes(content)
     with data_error_that_names(path):
-        load_checkpoint(path, "a")
+        load_checkpoint(path, "a", {})
 
 
 def test_absent_files_and_folders_are_named(tmp_path: Path) -> None:
     for path in (tmp_path / "absent.pt", tmp_path):
         with data_error_that_names(path) as told:
-            load_checkpoint(path, "a")
+            load_checkpoint(path, "a", {})
         assert "no such checkpoint" in told[0]
 
 
@@ -258,7 +161,7 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path: Path, state: Any, fou
     path = tmp_path / "a.pt"
     torch.save(state, path)
     with data_error_that_names(path) as told:
-        load_checkpoint(path, "motor_detection")
+        load_checkpoint(path, "motor_detection", {})
     assert f"expected a checkpoint of motor_detection, found {found};" in told[0]
 
 
@@ -314,3 +217,11 @@ def test_the_average_of_a_run_is_the_formula_applied_step_by_step() -> None:
         expected = decay * expected + (1 - decay) * np.sin(step)
     assert average.weight.item() == pytest.approx(expected, abs=1e-12)
     assert model.weight.item() == np.sin(199), "the model itself is only read"
+
+
+@pytest.mark.parametrize("state", [{"step": 1}, {"step": 1, "weights": [1.0]}, {"step": "1", "weights": {}}])
+def test_a_checkpoint_that_lacks_entries_or_holds_odd_ones_is_refused(tmp_path: Path, state: dict[str, Any]) -> None:
+    save_checkpoint({"kind": "a"} | state, tmp_path / "a.pt")
+    with data_error_that_names(tmp_path / "a.pt") as told:
+        load_checkpoint(tmp_path / "a.pt", "a", {"step": int, "weights": dict})
+    assert "lacks " + ("step" if state["step"] == "1" else "weights") in told[0]

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from common.command import parse_config, script_parser
 from common.config import as_yaml, configure
@@ -211,8 +212,54 @@ def test_ctrl_c_ends_with_130(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_our_own_faults_are_not_hidden() -> None:
-    with pytest.raises(ZeroDivisionError):
-        run_script(raising(ZeroDivisionError()))
+    for error in (ZeroDivisionError(), RuntimeError("shape '[2]' is invalid"), OSError("no file is named")):
+        with pytest.raises(type(error)):
+            run_script(raising(error))
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError(), "out of memory"),
+        (MemoryError("Unable to allocate 7.28 TiB for an array"), "7.28 TiB"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"),
+            "can't",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee docs"), "2.00 GiB"),
+        (PermissionError(13, "Permission denied", "/data/patches"), "/data/patches: Permission denied"),
+        (OSError(36, "File name too long", "x" * 300), "File name too long"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_a_full_memory_and_unusable_files_are_one_line(
+    error: Exception, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert code_of(raising(error)) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and words in said
+
+
+def test_of_several_processes_the_first_tells_what_all_meet(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = data_error("patch_7: damaged")
+    alone.met_by_all = False
+    for rank, error, lines in (("0", config_error("a: wrong"), 1), ("1", config_error("a: wrong"), 0), ("1", alone, 1)):
+        monkeypatch.setenv("RANK", rank)
+        assert code_of(raising(error)) == error.exit_code
+        assert capsys.readouterr().err.count("error: ") == lines
+
+
+def test_names_of_files_that_are_no_text_can_be_printed() -> None:
+    done = subprocess.run(
+        script_of("print('tomo_\\udcff')"),
+        capture_output=True,
+        text=True,
+        env=os.environ | {"LC_ALL": "C.UTF-8"},
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "tomo_\\udcff\n"), done.stderr
 
 
 def script_of(body: str) -> list[str]:
@@ -227,6 +274,7 @@ def test_a_real_interrupt_leaves_no_traceback() -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background would ignore it
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"

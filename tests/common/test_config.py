@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import yaml
 
-from common.config import as_yaml, configure, describe, fingerprint
-from common.errors import WRONG_CALL, UserError
+from common.config import as_yaml, configure, describe, fingerprint, restore
+from common.errors import BAD_DATA, WRONG_CALL, UserError
 from motor_detection.config import PRESETS
 
 
@@ -284,7 +284,7 @@ def test_the_yaml_of_any_config_reproduces_it(tmp_path: Path) -> None:
     words = ["no", "null", "~", "1e-4", "3", "a: b", "#x", " lead", "é Å", "two\nlines", "", "'", "[", "x" * 300]
     for number in range(60):
         kinds = Kinds(
-            count=int(draw.integers(-(2**62), 2**62)),
+            count=int(draw.integers(-(2**31) + 1, 2**31)),
             rate=float(draw.normal() * 10.0 ** draw.integers(-300, 300)),
             flag=bool(draw.random() < 0.5),
             word=words[number % len(words)],
@@ -294,7 +294,7 @@ def test_the_yaml_of_any_config_reproduces_it(tmp_path: Path) -> None:
             seed=None if number % 2 else number,
             start=None if number % 3 else Path(),
         )
-        config = Constants(kinds, Window(0, 2**63))
+        config = Constants(kinds, Window(0, 2**31 - 1))
         assert configure(PRESET, [written(tmp_path / "config.yaml", as_yaml(config))], []) == config
 
 
@@ -342,3 +342,28 @@ def test_the_description_of_the_real_config_names_every_constant_as_a_word_that_
     words = [line.strip().split("  ")[0].replace(" = ", "=", 1) for line in lines]
     assert configure(PRESETS["kaggle"], [], words) == PRESETS["phantom"]
     assert "  train.seed = 42  of weights, order" in re.sub(r" {2,}", "  ", "\n".join(lines)).replace("\n", "\n  ")
+
+
+@pytest.mark.parametrize("name", ["count", "seed", "size"])
+def test_whole_numbers_that_no_library_takes_are_refused(name: str) -> None:
+    """A batch of 10^12 or a seed beyond 64 bits would end in a traceback elsewhere."""
+    value = "[1, 2, 10000000000]" if name == "size" else "-10000000000"
+    (problem,) = problems_of([], [f"kinds.{name}={value}"])
+    assert problem.startswith(f"kinds.{name}: expected whole numbers of at most 2147483647, got ")
+    assert configure(PRESET, [], ["kinds.seed=2147483647"]).kinds.seed == 2**31 - 1
+
+
+def test_a_config_in_a_file_of_ours_comes_back_or_names_the_file() -> None:
+    path = Path("runs/best.pt")
+    assert restore(PRESET, as_yaml(PRESET), path) == PRESET
+    for text, words in (
+        ("kinds: [", "its config is damaged"),
+        ("kinds: {size: 3}", "does not fit this version: kinds.size: expected a list"),
+        ("kinds: {old: 3}", "does not fit this version: kinds.old: no such constant"),
+        ("", "does not fit this version"),
+    ):
+        with pytest.raises(UserError) as caught:
+            restore(PRESET, text, path)
+        assert caught.value.exit_code == BAD_DATA
+        assert all(problem.startswith(f"{path}: ") for problem in caught.value.problems)
+        assert words in caught.value.problems[0]

@@ -19,11 +19,9 @@ from common.metrics.detection import (
     byu_f_beta,
     byu_predictions,
     detection_counts,
-    f_beta,
     f_beta_of_counts,
     localisation_error,
     match_points,
-    points_of_table,
     precision_recall_curve,
 )
 
@@ -63,10 +61,12 @@ def exhaustive_matching(distance: FloatArray, tolerance: float) -> tuple[int, fl
 
 
 def test_f_beta_equals_its_formula_and_is_zero_without_hits() -> None:
-    assert f_beta(9, 2, 1, 2) == pytest.approx(5 * 9 / (5 * 9 + 4 * 1 + 2))
-    assert f_beta(3, 1, 1, 1) == pytest.approx(0.75)
-    assert f_beta(0, 0, 0, 2) == f_beta(0, 5, 5, 2) == 0
-    assert f_beta_of_counts(np.array([[9, 2, 1], [0, 0, 0]]), 2).tolist() == [f_beta(9, 2, 1, 2), 0]
+    counts = np.array([[[9, 2, 1], [3, 1, 1]], [[0, 0, 0], [0, 5, 5]]])
+    assert f_beta_of_counts(counts, 2).tolist() == [
+        [pytest.approx(5 * 9 / (5 * 9 + 4 * 1 + 2)), pytest.approx(15 / (15 + 4 + 1))],
+        [0, 0],
+    ]
+    assert f_beta_of_counts(np.array([3, 1, 1]), 1) == pytest.approx(0.75)
 
 
 @pytest.mark.parametrize("seed", range(150))
@@ -112,8 +112,7 @@ def test_a_pair_at_exactly_the_tolerance_matches() -> None:
 def test_official_byu_example() -> None:
     """The docstring example of the competition's metric: one false alarm, one hit, one far off, one missed."""
     solution = [NOTHING, *(np.full((1, 3), centre) for centre in (250.0, 100.0, 200.0))]
-    table = np.array([[100.0] * 3, [251.0] * 3, [600.0] * 3, [-1.0] * 3])
-    answers, spacing = points_of_table(table), np.full((4, 3), 10.0)
+    answers, spacing = [np.full(3, 100.0), np.full(3, 251.0), np.full(3, 600.0), None], np.full((4, 3), 10.0)
     assert byu_f_beta(answers, solution, spacing, 1000, 2) == pytest.approx(0.3571428571428571, abs=1e-15)
     assert byu_counts(answers, solution, spacing, 1000).tolist() == [[0, 1, 0], [1, 0, 0], [0, 0, 1], [0, 0, 1]]
 
@@ -145,7 +144,6 @@ def test_a_hit_on_any_of_several_motors_counts_once() -> None:
 
 
 def test_zero_is_a_place_and_minus_one_is_not() -> None:
-    assert points_of_table(np.array([[0.0, 0, 0], [5, -1, 5], [np.nan, 5, 5]]))[1:] == [None, None]
     assert byu_counts([np.zeros(3)], [NOTHING], UNIT[None], 10).tolist() == [[0, 1, 0]]
     with pytest.raises(UserError, match="expected None"):
         byu_counts([np.array([5.0, -1, 5])], [NOTHING], UNIT[None], 10)
@@ -160,7 +158,7 @@ def test_curve_equals_the_matching_at_every_threshold(seed: int) -> None:
         tp, fp, fn = detection_counts(tomograms, threshold, 25).sum(axis=0)
         assert (curve.tp[i], curve.fp[i], curve.fn[i]) == (tp, fp, fn)
         assert curve.recall[i] == tp / (tp + fn) and curve.precision[i] == tp / (tp + fp)
-        assert curve.f_beta[i] == pytest.approx(f_beta(tp, fp, fn, 2))
+        assert curve.f_beta[i] == pytest.approx(f_beta_of_counts(np.array([tp, fp, fn]), 2))
 
 
 @pytest.mark.parametrize("seed", range(20))

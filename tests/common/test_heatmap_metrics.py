@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from common.metrics.heatmaps import (
-    cells_of_percent,
     comprehensive_heatmap_metric,
     peak_distance_cells,
     peak_sharpness,
@@ -97,11 +96,6 @@ def test_a_flat_map_is_no_hit() -> None:
     t = single_peaks((0, 0, 0))
     flat = torch.full_like(t, 0.3)
     assert topk_accuracy(flat, t, 209, 0.1).tolist() == [0] and topk_accuracy(flat, t, 210, 0.1).tolist() == [1]
-
-
-def test_percent_of_cells() -> None:
-    assert [cells_of_percent(percent, 3240) for percent in (0.1, 1, 10, 100)] == [3, 32, 324, 3240]
-    assert cells_of_percent(0.1, 50) == 1
 
 
 def test_peak_sharpness_has_no_floor() -> None:

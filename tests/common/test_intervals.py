@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest, norm
+from scipy.stats import norm
 
 from common.metrics.detection import f_beta_of_counts
 from common.metrics.intervals import (
@@ -10,7 +10,6 @@ from common.metrics.intervals import (
     bootstrap_interval,
     f_beta_interval,
     paired_bootstrap_difference,
-    wilson_interval,
 )
 
 
@@ -19,20 +18,6 @@ def random_counts(seed: int, n: int, hit_rate: float) -> IntArray:
     draw = np.random.default_rng(seed)
     hit = draw.random(n) < hit_rate
     return np.stack([hit, ~hit & (draw.random(n) < 0.5), ~hit], axis=1).astype(np.int64)
-
-
-def test_wilson_interval_of_nine_in_ten() -> None:
-    interval = wilson_interval(9, 10, 0.95)
-    assert interval.estimate == 0.9
-    assert (round(interval.low, 2), round(interval.high, 2)) == (0.60, 0.98)
-
-
-@pytest.mark.parametrize(("successes", "n"), [(0, 10), (10, 10), (1, 7), (40, 81), (0, 1)])
-@pytest.mark.parametrize("confidence", [0.8, 0.95, 0.99])
-def test_wilson_interval_equals_scipy(successes: int, n: int, confidence: float) -> None:
-    expected = binomtest(successes, n).proportion_ci(confidence, method="wilson")
-    interval = wilson_interval(successes, n, confidence)
-    assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
 def test_bootstrap_of_a_mean_agrees_with_the_normal_interval() -> None:

@@ -27,3 +27,9 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> 
     holder.wait()
     with exclusive(folder):
         assert not folder.exists(), "the lock lies beside the folder, not in it"
+
+
+def test_a_file_in_the_folders_place_is_told(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("no folder")
+    with pytest.raises(UserError, match="is a file"), exclusive(tmp_path / "runs"):
+        pass

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import yaml
 
-from common.errors import WRONG_CALL, UserError
+from common import logbook
+from common.errors import BAD_DATA, WRONG_CALL, UserError
 from common.logbook import VERSIONED, Scalars, environment, open_run, progress, read_metrics, write_metrics
 
 IDENTITY = "train:\n  seed: 1\n  steps: 10\n"
@@ -46,6 +47,39 @@ def test_the_same_run_continues_with_its_first_environment_and_its_latest_config
     after = content(tmp_path)
     assert after["environment.json"] == before["environment.json"]
     assert "root: elsewhere" in after["config.yaml"]
+
+
+def test_a_run_that_continues_elsewhere_says_so_once_and_notes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    open_run(tmp_path, Constants(), IDENTITY, ["first"])
+    here = environment(["second"])
+    monkeypatch.setattr(logbook, "environment", lambda arguments: here | {"device": "another", "command": "second"})
+    for times in (1, 0):
+        open_run(tmp_path, Constants(), IDENTITY, ["second"])
+        said = capsys.readouterr().out
+        assert said.count("began with another device; its bits may differ") == times
+    noted = json.loads((tmp_path / "environment.json").read_text())
+    assert noted["command"] == "first" and [later["device"] for later in noted["continued_on"]] == ["another"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"{}", b"[1]", b'{"continued_on": 3}'])
+def test_a_damaged_environment_is_named(tmp_path: Path, content: bytes) -> None:
+    open_run(tmp_path, Constants(), IDENTITY, ["first"])
+    (tmp_path / "environment.json").write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        open_run(tmp_path, Constants(), IDENTITY, ["second"])
+    assert caught.value.exit_code == BAD_DATA
+    assert str(tmp_path / "environment.json") in caught.value.problems[0]
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe", b"step,loss\n1,much\n", b"step\n1,2,3\n"])
+def test_a_damaged_metrics_table_is_named(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "metrics.csv").write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read_metrics(tmp_path / "metrics.csv")
+    assert caught.value.exit_code == BAD_DATA and str(tmp_path / "metrics.csv") in caught.value.problems[0]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 import copy
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,14 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from common.errors import BAD_DATA, UserError, data_error
-from common.parallel import average_gradients, first_rank_does, gather_objects, process_group, sum_over_ranks
+from common.parallel import (
+    all_ranks_do,
+    average_gradients,
+    first_rank_does,
+    gather_objects,
+    process_group,
+    sum_over_ranks,
+)
 from common.step import RunningStatistics, guarded_update
 from common.streams import micro_batches
 
@@ -109,6 +118,20 @@ def let_the_first_work(bad: bool) -> tuple[bool, int, list[str]]:
     return bool(worked), 0, []
 
 
+def work_together(rank: int, bad: tuple[int, ...]) -> tuple[int, list[str]]:
+    """This rank's result, or exit code and problems where the ranks `bad` meet a problem of their own and a shared one."""
+
+    def work() -> int:
+        if rank in bad:
+            raise data_error("labels.csv: damaged", f"patch_{rank}: damaged")
+        return 10 * rank
+
+    try:
+        return all_ranks_do(work), []
+    except UserError as error:
+        return error.exit_code, error.problems
+
+
 def meet(rank: int, port: int, folder: str) -> None:
     """One of two processes: every exchange once, with what came out saved for the tests below."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_RANK=str(rank))
@@ -131,6 +154,7 @@ def meet(rank: int, port: int, folder: str) -> None:
         found["summed"] = values
         found["gathered"] = gather_objects({"rank": rank, "rows": ["é"] * 1000 * rank})
         found["prepared"] = [let_the_first_work(False), let_the_first_work(True)]
+        found["together"] = [work_together(rank, bad) for bad in ((), (1,), (0, 1))]
         found["statistics"] = batch_norm_after_a_step([micro_batch(2 * k + rank) for k in range(2)], 4)
         found["infinite on 1"] = failure_of(
             small_model([torch.full((2, 3), torch.inf if rank else 1.0), torch.ones(2)])
@@ -197,6 +221,52 @@ def test_the_first_rank_works_alone_and_tells_its_problems_once(two: list[dict[s
     assert two[1]["prepared"] == [(False, 0, []), (False, BAD_DATA, [])], "it ends too, and has nothing to print"
     with process_group(False):
         assert [let_the_first_work(False), let_the_first_work(True)] == two[0]["prepared"]
+
+
+def test_all_ranks_work_and_every_problem_is_told_once_by_the_first(two: list[dict[str, Any]]) -> None:
+    """Also one that only the second met: the others would wait for it for ever."""
+    of_one, of_both = (
+        ["labels.csv: damaged", "patch_1: damaged"],
+        ["labels.csv: damaged", "patch_0: damaged", "patch_1: damaged"],
+    )
+    assert two[0]["together"] == [(0, []), (BAD_DATA, of_one), (BAD_DATA, of_both)]
+    assert two[1]["together"] == [(10, []), (BAD_DATA, []), (BAD_DATA, [])]
+
+
+LOSE = """
+import os, sys
+sys.path[0] = sys.argv.pop(1)
+from common.errors import data_error, run_script
+from common.parallel import process_group, sum_over_ranks
+import torch
+def main(arguments):
+    with process_group(True):
+        sum_over_ranks(torch.ones(1))
+        if os.environ["RANK"] == "1":
+            raise data_error("patch_7: damaged")
+        sum_over_ranks(torch.ones(1))
+    return 0
+run_script(main)
+"""
+
+
+def test_when_one_process_fails_alone_the_other_says_so_without_a_traceback() -> None:
+    root = Path(__file__).resolve().parents[2]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(RANKS):
+        where = {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+                 "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # fmt: skip
+        command = [sys.executable, "-c", LOSE, str(root)]
+        children.append(subprocess.Popen(command, env=os.environ | where, stderr=subprocess.PIPE, text=True))
+    said = [child.communicate(timeout=60)[1] for child in children]
+    assert [child.returncode for child in children] == [BAD_DATA] * RANKS
+    assert said[1] == "error: patch_7: damaged\n"
+    (line,) = [line for line in said[0].splitlines() if "error" in line.lower()]
+    assert line == "error: process 0: another process of the group ended; its own message says why"
+    assert "Traceback" not in said[0]
 
 
 def test_running_statistics_are_the_mean_over_micro_batches_and_ranks(two: list[dict[str, Any]]) -> None:

@@ -66,7 +66,7 @@ def test_a_killed_or_damaged_folder_is_completed(written: Path, tmp_path: Path) 
     folder = tmp_path / "copy"
     shutil.copytree(written, folder)
     shutil.rmtree(folder / "train" / "tomo_000001")
-    stale = folder / "train" / ".tomo_000001.writing"
+    stale = folder / "train" / ".tomo_000001.partial"
     stale.mkdir()
     (stale / "slice_9999.jpg").write_bytes(b"half a slice")
     (folder / "settings.json").rename(folder / "unfinished.json")

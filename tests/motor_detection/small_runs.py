@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pandas as pd
 import torch
 
 from common.blocks import NormName
@@ -19,15 +20,18 @@ from common.config import as_yaml
 from common.parallel import process_group
 from common.streams import random_for
 from common.volumes import write_slice_folder
+from data.relabelled import relabelled_row
 from motor_detection import conversion
 from motor_detection.config import KAGGLE, Config
 from motor_detection.convert import convert
-from motor_detection.labels import LabelledTomogram, write_relabelled
+from motor_detection.dataset import Patches, choose_patches
+from motor_detection.labels import LabelledTomogram
 from motor_detection.model_defs.motoridentifier import MotorIdentifier
 from motor_detection.places import read_tomograms
-from motor_detection.trainer import Patches, build_model, choose_patches, train
+from motor_detection.trainer import build_model, train
 
 ROOT = Path(__file__).resolve().parents[2]
+NO_PATCHES = Patches([], [], 1, "")  # for checkpoints of no run
 SPACING_ANGSTROM = 13.1
 SHAPE = (34, 46, 58)  # voxels z, y, x; no two axes alike
 FOLDS = (2, 3, 2, 3, 0, 0, 1)  # of tomograms 0, 1 ...: four to train on, two to validate, one to test
@@ -75,8 +79,14 @@ def write_tomograms(folder: Path, numbers: range) -> None:
     labels = [tomogram_label(number) for number in numbers]
     (folder / "tomograms").mkdir(parents=True)
     for label in labels:
-        write_slice_folder(tomogram_voxels(label), folder / "tomograms" / label.tomo_id, ".png")
-    write_relabelled(folder / "labels.csv", labels)
+        write_slice_folder(tomogram_voxels(label), folder / "tomograms" / label.tomo_id, ".png", 95)
+    write_labels(folder / "labels.csv", labels)
+
+
+def write_labels(path: Path, labels: list[LabelledTomogram]) -> None:
+    """The relabelled layout."""
+    rows = [relabelled_row(t.tomo_id, t.shape, t.spacing_angstrom, t.motors, t.fold) for t in labels]
+    pd.DataFrame(rows).to_csv(path, index=False)
 
 
 @contextlib.contextmanager
@@ -93,7 +103,7 @@ def small_patches(config: Config) -> Patches:
         summary = convert(config, False, -1)
     assert not summary.failed, summary.failed
     labelled, _ = read_tomograms(config.data, True)
-    return choose_patches(config, config.data.patches, labelled)
+    return choose_patches(config, config.data.patches, labelled)[0]
 
 
 def train_alone(config: Config, folder: Path, patches: Patches) -> list[dict[str, float]]:

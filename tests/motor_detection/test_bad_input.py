@@ -15,9 +15,10 @@ from common.config import as_yaml
 from common.errors import BAD_DATA, WRONG_CALL, run_script
 from common.volumes import write_mrc
 from motor_detection import convert, eval, predict, train
-from motor_detection.patches import read_patch, write_patch
+from motor_detection.patches import PATCH_ARRAYS, read_patch, write_patch
 from motor_detection.trainer import begin
 from tests.motor_detection.small_runs import (
+    NO_PATCHES,
     producers_forked,
     small_config,
     tomogram_label,
@@ -157,7 +158,7 @@ def test_a_loss_that_is_not_a_number_names_the_patches(place: Path, capsys: pyte
     assert run(convert.main, words_for(place), capsys)[0] == 0
     patches = sorted((place / "patches").glob("tomo_[0123]/*.npz"))
     for path in patches:
-        write_patch(path, read_patch(path) | {"intensity": np.array([128.0, np.nan], np.float32)})
+        write_patch(path, read_patch(path, PATCH_ARRAYS) | {"intensity": np.array([128.0, np.nan], np.float32)})
     code, lines = run(train.main, words_for(place), capsys)
     assert code == BAD_DATA
     expect(lines, "not finite", str(place / "patches"))
@@ -179,7 +180,7 @@ def test_evaluating_before_training(place: Path, capsys: pytest.CaptureFixture[s
 @pytest.fixture
 def checkpoint(place: Path) -> Path:
     config = small_config(place)
-    save_checkpoint(begin(config, torch.device("cpu")).as_checkpoint(config), place / "best.pt")
+    save_checkpoint(begin(config, torch.device("cpu")).as_checkpoint(config, NO_PATCHES), place / "best.pt")
     return place / "best.pt"
 
 

@@ -13,18 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from common import checkpoint
-from common.config import as_yaml
+from common import files
+from common.config import as_yaml, configure
 from common.errors import BAD_DATA, WRONG_CALL, UserError
 from common.volumes import open_volume, write_mrc
 from motor_detection import convert as convert_script
 from motor_detection.config import Config
 from motor_detection.conversion import COMPLETE
-from motor_detection.dataset import list_patches
+from motor_detection.dataset import choose_patches, list_patches
 from motor_detection.heatmap import render_heatmaps
-from motor_detection.labels import write_relabelled
-from motor_detection.patches import read_patch
-from motor_detection.places import convert_settings
+from motor_detection.patches import PATCH_ARRAYS, read_patch
+from motor_detection.places import read_tomograms
 from motor_detection.tomograms import open_tomogram, spacing_warnings
 from tests.motor_detection.small_runs import (
     SHAPE,
@@ -37,6 +36,7 @@ from tests.motor_detection.small_runs import (
     small_config,
     tomogram_label,
     tomogram_voxels,
+    write_labels,
     write_tomograms,
 )
 
@@ -90,9 +90,9 @@ def test_one_and_three_processes_write_the_same_bytes(tomograms: Path, tmp_path:
     three = dataclasses.replace(config, data=dataclasses.replace(config.data, patches=tmp_path / "three"))
     done = run_command(script("convert.py", three, tmp_path, 0, ["convert.producers=3"]))
     assert done.returncode == 0, done.stderr
-    assert "converted 5 tomograms (4 negative, 16 single), kept 0 from before" in done.stdout
+    assert "converted 5 tomograms (6 negative, 16 single), kept 0 from before" in done.stdout
     assert contents(tmp_path / "three") == one
-    assert len(one) == 1 + 5 + 20  # settings, one marker per tomogram, patches
+    assert len(one) == 1 + 5 + 22  # settings, one marker per tomogram, patches
 
 
 def test_every_file_holds_what_training_reads(tomograms: Path, tmp_path: Path) -> None:
@@ -100,10 +100,10 @@ def test_every_file_holds_what_training_reads(tomograms: Path, tmp_path: Path) -
     config = writing_to(tmp_path, tomograms)
     converted(config, [])
     labels = [tomogram_label(number) for number in range(5)]
-    files = list_patches(config.data.patches, convert_settings(config), labels)
-    assert len(files) == 20
+    files, missing = list_patches(config.data.patches, labels)
+    assert len(files) == 22 and not missing, f"{len(files)} {missing}"
     for path in files:
-        arrays = read_patch(path)
+        arrays = read_patch(path, PATCH_ARRAYS)
         assert arrays.keys() == KEYS
         assert arrays["patch"].dtype == np.uint8 and arrays["patch"].shape == (32, 32, 32)
         assert path.name.endswith(f"_{arrays['patch_type']}.npz") and str(arrays["tomo_id"]) == path.parent.name
@@ -138,7 +138,7 @@ def test_killed_in_the_middle_and_continued_it_ends_in_the_same_files(tomograms:
     assert converted(config, []) == 0
     assert contents(config.data.patches) == complete
     labels = [tomogram_label(number) for number in range(5)]
-    names = [path.name for path in list_patches(config.data.patches, convert_settings(config), labels)]
+    names = [path.name for path in list_patches(config.data.patches, labels)[0]]
     assert not [name for name in names if name.startswith(".")]
 
 
@@ -220,7 +220,7 @@ def test_a_full_disk_stops_with_a_reason_and_keeps_what_is_done(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint.os, "fsync", full)
+        patched.setattr(files.os, "fsync", full)
         said = refused(config, [], BAD_DATA)
     assert "cannot be written (No space left on device)" in said and str(config.data.patches) in said
     left = contents(config.data.patches)
@@ -243,6 +243,39 @@ def test_a_folder_of_other_settings_is_refused_until_fresh(tomograms: Path, tmp_
     assert converted(config, ["convert.producers=2", "convert.seed=7"]) == 0, "producers change nothing that is written"
 
 
+def test_training_takes_patches_whose_heat_maps_have_another_width(tomograms: Path, tmp_path: Path) -> None:
+    """It renders its own: only what was cut must be the same."""
+    config = writing_to(tmp_path, tomograms)
+    converted(config, [])
+    labelled, _ = read_tomograms(config.data, False)
+    for word, fits in (("heatmap.sigma_angstrom=150", True), ("model.stride=8", True), ("convert.producers=7", True),
+                       ("convert.seed=7", False), ("data.voxel_spacing_angstrom=10", False)):  # fmt: skip
+        changed = configure(config, [], [word])
+        if fits:
+            assert choose_patches(changed, config.data.patches, labelled)[0].train
+            continue
+        with pytest.raises(UserError, match="was converted with other constants"):
+            choose_patches(changed, config.data.patches, labelled)
+    for damage in (b"", b"\xff", b"convert: ["):
+        (config.data.patches / "settings.yaml").write_bytes(damage)
+        with pytest.raises(UserError, match="settings.yaml"):
+            choose_patches(config, config.data.patches, labelled)
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff", b"[]", b"{}", b'{"patches": 3, "labels": ""}'])
+def test_a_damaged_marker_means_that_the_tomogram_is_converted_again(
+    tomograms: Path, tmp_path: Path, damage: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = writing_to(tmp_path, tomograms)
+    converted(config, [])
+    before = contents(config.data.patches)
+    (config.data.patches / "tomo_2" / COMPLETE).write_bytes(damage)
+    capsys.readouterr()
+    assert converted(config, []) == 0
+    assert "converted 1 tomograms" in capsys.readouterr().out
+    assert contents(config.data.patches) == before
+
+
 def test_only_folders_of_patches_are_deleted_or_filled(tomograms: Path, tmp_path: Path) -> None:
     config = writing_to(tmp_path, tomograms)
     config.data.patches.mkdir()
@@ -255,9 +288,9 @@ def test_only_folders_of_patches_are_deleted_or_filled(tomograms: Path, tmp_path
 def test_a_labelled_tomogram_that_is_not_there_is_named(tmp_path: Path) -> None:
     write_tomograms(tmp_path, range(3))
     missing = dataclasses.replace(tomogram_label(3), tomo_id="tomo_missing")
-    write_relabelled(tmp_path / "labels.csv", [tomogram_label(0), missing])
+    write_labels(tmp_path / "labels.csv", [tomogram_label(0), missing])
     assert "tomo_missing" in refused(small_config(tmp_path), [], BAD_DATA)
-    write_relabelled(tmp_path / "labels.csv", [tomogram_label(0), dataclasses.replace(missing, fold=-1)])
+    write_labels(tmp_path / "labels.csv", [tomogram_label(0), dataclasses.replace(missing, fold=-1)])
     assert converted(small_config(tmp_path), []) == 0, "excluded tomograms may be absent"
     assert sorted(p.name for p in (tmp_path / "patches").iterdir()) == ["settings.yaml", "tomo_0"]
 
@@ -266,7 +299,7 @@ def test_a_shape_that_contradicts_the_table_is_named(tmp_path: Path, capsys: pyt
     """As when y and x are exchanged: coordinates would point elsewhere."""
     write_tomograms(tmp_path, range(3))
     turned = dataclasses.replace(tomogram_label(2), shape=(SHAPE[0], SHAPE[2], SHAPE[1]), motors=np.ones((1, 3)))
-    write_relabelled(tmp_path / "labels.csv", [tomogram_label(0), tomogram_label(1), turned])
+    write_labels(tmp_path / "labels.csv", [tomogram_label(0), tomogram_label(1), turned])
     assert converted(small_config(tmp_path), []) == BAD_DATA
     said = capsys.readouterr()
     assert "tomo_2: is [34, 46, 58] voxels (z, y, x), the label table says [34, 58, 46]" in said.err

@@ -32,7 +32,7 @@ from motor_detection.intensity import Intensity, measure_intensity
 from motor_detection.model_defs.motoridentifier import MotorIdentifier
 from motor_detection.tomograms import Tomogram
 from motor_detection.trainer import begin
-from tests.motor_detection.small_runs import random_network, small_config
+from tests.motor_detection.small_runs import NO_PATCHES, random_network, small_config
 
 CPU = torch.device("cpu")
 SHAPE = (70, 101, 83)  # no multiples of 32, no two alike
@@ -97,7 +97,7 @@ def test_a_flip_is_the_network_on_the_reversed_volume(tmp_path: Path, flipped: t
     model = random_network(16, "batch", False)
     volume = tomogram(tmp_path, grey_noise(SHAPE))
     whole, intensity = normalised(volume)
-    seen = padded_shape(SHAPE, flipped)
+    seen = padded_shape(SHAPE, flipped, model.deepest_stride)
     missing = [end - n for end, n in zip(seen, SHAPE, strict=True)]
     filled = nn.functional.pad(whole, (0, missing[2], 0, missing[1], 0, missing[0]))
     with torch.inference_mode():
@@ -114,6 +114,7 @@ class CellMeans(nn.Module):
         super().__init__()
         self.stride = stride
         self.stem = nn.Conv3d(1, 1, 1)  # says the precision
+        self.deepest_stride = 32
 
     def forward(self, volume: Tensor) -> Tensor:
         missing = [-n % self.stride for n in volume.shape[2:]]
@@ -173,7 +174,7 @@ def test_blended_windows_serve_networks_that_see_their_whole_window(
 
 def test_every_slice_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Although tiles of 32 voxels and their halos overlap; also where z is reversed."""
-    write_slice_folder(grey_noise(SHAPE), tmp_path / "slices", ".png")
+    write_slice_folder(grey_noise(SHAPE), tmp_path / "slices", ".png", 95)
     volume = Tomogram("slices", open_volume(tmp_path / "slices"), (13.1,) * 3)
     intensity = measure_intensity(volume.volume)
     decoded: list[int] = []
@@ -253,7 +254,7 @@ def test_a_model_comes_back_with_its_config(tmp_path: Path) -> None:
     state = begin(config, CPU)
     with torch.no_grad():
         state.average.logit.bias += 1.0
-    save_checkpoint(state.as_checkpoint(config), tmp_path / "last.pt")
+    save_checkpoint(state.as_checkpoint(config, NO_PATCHES), tmp_path / "last.pt")
     model, found = load_model(tmp_path / "last.pt", CPU)
     assert isinstance(model, MotorIdentifier) and not model.training
     assert as_yaml(found) == as_yaml(config)

@@ -29,10 +29,10 @@ import torch
 from torch import Tensor
 
 from common.parallel import process_group
-from motor_detection import trainer
+from motor_detection import validation
 from motor_detection.dataset import Sample
 from motor_detection.inference import inference_device, pick_motors
-from motor_detection.labels import LabelledTomogram, read_labels, write_relabelled
+from motor_detection.labels import LabelledTomogram, read_labels
 from motor_detection.patches import ByteVolume, PatchPlan, cut_patch
 from motor_detection.places import read_tomograms
 from motor_detection.tomograms import open_tomogram
@@ -42,6 +42,7 @@ from tests.motor_detection.small_runs import (
     small_config,
     small_patches,
     train_alone,
+    write_labels,
     write_tomograms,
 )
 from tests.test_house_rules import broken_rules, modules
@@ -60,7 +61,7 @@ def test_known_defect_9_fractions_of_a_voxel_survive_from_table_to_patch(tmp_pat
     """The relabelled table stores shares of the shape; truncated to voxels, labels moved by half a voxel on average."""
     motor = np.array([[10.75, 200.5, 301.25]])
     written = LabelledTomogram("tomo", (300, 928, 960), 13.1, motor, 0)
-    write_relabelled(tmp_path / "labels.csv", [written])
+    write_labels(tmp_path / "labels.csv", [written])
     (read,), _ = read_labels(tmp_path / "labels.csv")
     np.testing.assert_allclose(read.motors, motor, atol=1e-9)
     voxels = np.broadcast_to(np.uint8(0), written.shape)
@@ -78,7 +79,7 @@ def test_known_defect_12_validation_keeps_picks_and_forgets_maps(
     patches = small_patches(config)
     maps: list[weakref.ref[Tensor]] = []
     gathered: list[Any] = []
-    whole_score, whole_gather = trainer.score_patches, trainer.gather_objects
+    whole_score, whole_gather = validation.score_patches, validation.gather_objects
 
     def watched(batch: Sample, logits: Tensor, heat: Tensor, rest: Any) -> Any:
         assert not [kept for kept in maps if kept() is not None], "maps of earlier batches are still in memory"
@@ -89,10 +90,10 @@ def test_known_defect_12_validation_keeps_picks_and_forgets_maps(
         gathered.extend(rows)
         return whole_gather(rows)
 
-    monkeypatch.setattr(trainer, "score_patches", watched)
-    monkeypatch.setattr(trainer, "gather_objects", noted)
+    monkeypatch.setattr(validation, "score_patches", watched)
+    monkeypatch.setattr(validation, "gather_objects", noted)
     with process_group(True) as device:
-        trainer.validate(random_network(16, "batch", False), patches, config, device)
+        validation.validate(random_network(16, "batch", False), patches, config, device)
     assert len(maps) == len(patches.validation) and len(gathered) == len(patches.validation)
     for _, figures, scored in gathered:
         arrays = [scored.points, scored.scores, scored.truths, scored.spacing_angstrom]

@@ -15,8 +15,8 @@ from motor_detection.labels import (
     deal_folds,
     match_tomograms,
     read_labels,
-    write_relabelled,
 )
+from tests.motor_detection.small_runs import write_labels
 
 CONTRADICTIONS = ["tomo_2b3cdf", "tomo_62eea8", "tomo_c84b8e", "tomo_e6f7f7"]
 
@@ -73,7 +73,7 @@ def test_relabelled_table(real_data: Path) -> None:
 def test_writing_the_relabelled_table_round_trips(real_data: Path, tmp_path: Path) -> None:
     for name in ("train_labels.csv", "RELABELED_DATA.csv"):
         tomograms, _ = read_labels(real_data / "motor/byu_labels" / name)
-        write_relabelled(tmp_path / name, tomograms)
+        write_labels(tmp_path / name, tomograms)
         again, warnings = read_labels(tmp_path / name)
         assert not warnings and len(again) == len(tomograms)
         for a, b in zip(tomograms, again, strict=True):

@@ -15,6 +15,7 @@ from motor_detection.heatmap import render_heatmaps
 from motor_detection.labels import LabelledTomogram
 from motor_detection.patches import (
     MARGIN,
+    PATCH_ARRAYS,
     ByteVolume,
     PatchPlan,
     cut_patch,
@@ -218,9 +219,10 @@ def test_a_tomogram_smaller_than_the_patch_is_filled_with_its_mean() -> None:
 def test_a_patch_file_gives_back_its_arrays(tmp_path: Path) -> None:
     label = labelled("tomo_é", np.array([[50.0, 100, 120]]))
     arrays = cut_patch(numbered_volume(SHAPE, label.motors), PatchPlan("single", (20, 60, 70)), label, SIZE)
+    arrays["heatmap"] = np.zeros((4, 6, 6), np.float32)
     path = tmp_path / "0000_single.npz"
     write_patch(path, arrays)
-    again = read_patch(path)
+    again = read_patch(path, PATCH_ARRAYS)
     assert again.keys() == arrays.keys() and str(again["tomo_id"]) == "tomo_é"
     for name, array in arrays.items():
         np.testing.assert_array_equal(again[name], array)
@@ -246,5 +248,5 @@ def test_a_damaged_patch_file_is_named(tmp_path: Path, damage: str) -> None:
     else:
         path.unlink()
     with pytest.raises(UserError) as caught:
-        read_patch(path)
+        read_patch(path, PATCH_ARRAYS)
     assert caught.value.exit_code == 1 and str(path) in caught.value.problems[0]

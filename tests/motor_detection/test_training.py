@@ -1,6 +1,7 @@
 """The loop: accumulation, ranks, clipping, learning rates, validation, the best weights, and what it refuses."""
 
 import dataclasses
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,27 +12,29 @@ import torch
 from torch.amp import GradScaler
 
 from common.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from common.config import configure
 from common.errors import BAD_DATA, UserError
 from common.logbook import read_metrics
 from common.parallel import process_group
 from common.step import RunningStatistics, guarded_update
-from motor_detection import trainer
+from motor_detection import trainer, validation
 from motor_detection.config import Augment, Config
-from motor_detection.dataset import PatchStream, Sample, stack
-from motor_detection.patches import read_patch, write_patch
-from motor_detection.places import read_tomograms
+from motor_detection.dataset import Patches, PatchStream, Sample, choose_patches, next_batch, stack
+from motor_detection.heatmap import render_heatmaps
+from motor_detection.patches import PATCH_ARRAYS, read_patch, write_patch
+from motor_detection.places import read_tomograms, training_identity
 from motor_detection.trainer import (
+    CHECKPOINT,
     KIND,
-    Patches,
     State,
     begin,
-    choose_patches,
     keep_if_best,
     resume,
     take_step,
-    validate,
 )
+from motor_detection.validation import validate
 from tests.motor_detection.small_runs import (
+    NO_PATCHES,
     run_command,
     script,
     small_config,
@@ -55,7 +58,7 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def chosen(config: Config) -> Patches:
     labelled, _ = read_tomograms(config.data, True)
-    return choose_patches(config, config.data.patches, labelled)
+    return choose_patches(config, config.data.patches, labelled)[0]
 
 
 def with_train(config: Config, **changes: Any) -> Config:
@@ -78,7 +81,7 @@ def step_batches(config: Config, patches: Patches, step: int) -> Iterator[Sample
     train = config.train
     stream = PatchStream(patches.train, patches.max_motors, train.seed)
     for start in range(step * train.batch_size, (step + 1) * train.batch_size, train.micro_batch_size):
-        yield stack([stream[position] for position in range(start, start + train.micro_batch_size)])
+        yield from next_batch([stack([stream[position] for position in range(start, start + train.micro_batch_size)])])
 
 
 def one_step(state: State, config: Config, patches: Patches) -> dict[str, float]:
@@ -181,8 +184,8 @@ def test_two_processes_without_accumulation_equal_one_with(data_folder: Path, tm
     torch.set_num_threads(1)  # as torchrun's processes: sums over other threads round otherwise
     records = train_alone(config, tmp_path / "alone", chosen(config))
     torch.set_num_threads(threads)
-    alone = load_checkpoint(tmp_path / "alone/checkpoints/last.pt", KIND)
-    shared = load_checkpoint(tmp_path / "run/checkpoints/last.pt", KIND)
+    alone = load_checkpoint(tmp_path / "alone/checkpoints/last.pt", KIND, CHECKPOINT)
+    shared = load_checkpoint(tmp_path / "run/checkpoints/last.pt", KIND, CHECKPOINT)
     assert alone["identity"] == shared["identity"] and alone["step"] == shared["step"] == 6
     for part in ("model", "weights"):
         for name, expected in alone[part].items():
@@ -198,7 +201,7 @@ def test_the_best_weights_give_the_logged_figures_again(data_folder: Path, tmp_p
     patches = chosen(config)
     logged = train_alone(config, tmp_path, patches)
     records = [record for record in logged if "average_precision" in record]
-    best = load_checkpoint(tmp_path / "checkpoints/best.pt", KIND)
+    best = load_checkpoint(tmp_path / "checkpoints/best.pt", KIND, {"weights": dict})
     top = max(record["average_precision"] for record in records)
     record = next(record for record in records if record["step"] == best["step"])
     assert record["average_precision"] == top
@@ -217,7 +220,7 @@ def test_best_is_the_highest_average_precision_and_of_equals_the_latest(data_fol
     with process_group(True):
         for state.step, precision in enumerate((0.0, 0.5, 0.3, 0.5, 0.7, 0.6)):
             keep_if_best(state, {"average_precision": precision}, tmp_path, config)
-            kept.append(load_checkpoint(tmp_path / "checkpoints/best.pt", KIND)["step"])
+            kept.append(load_checkpoint(tmp_path / "checkpoints/best.pt", KIND, {"weights": dict})["step"])
     assert kept == [0, 1, 1, 3, 4, 4]
 
 
@@ -228,7 +231,7 @@ def test_validation_scores_every_patch_once(data_folder: Path, monkeypatch: pyte
     model = begin(config, CPU).average
     with torch.no_grad():
         model.logit.weight.normal_(0, 1.0, generator=torch.Generator().manual_seed(0))
-    whole_score = trainer.score_patches
+    whole_score = validation.score_patches
     figures = []
     for micro in (1, 2, 5):
         indices: list[int] = []
@@ -237,7 +240,7 @@ def test_validation_scores_every_patch_once(data_folder: Path, monkeypatch: pyte
             into.extend(batch.index.tolist())
             return whole_score(batch, *rest)
 
-        monkeypatch.setattr(trainer, "score_patches", noted)
+        monkeypatch.setattr(validation, "score_patches", noted)
         with process_group(True) as device:
             figures.append(
                 validate(model, patches, with_train(config, micro_batch_size=micro, batch_size=10 * micro), device)
@@ -254,15 +257,17 @@ def test_a_loss_that_is_no_number_names_the_patches_and_keeps_the_last_checkpoin
     config = with_train(small_config(data_folder), steps=8, checkpoint_every=1, seed=5)
     patches = chosen(config)
     stream = PatchStream(patches.train, patches.max_motors, 5)
-    culprit = patches.train[int(stream[13].index)]  # position 13 = step 3
+    sample = stream[13]  # of step 3
+    assert isinstance(sample, Sample)
+    culprit = patches.train[int(sample.index)]
     spoiled = tmp_path / culprit.name
-    write_patch(spoiled, read_patch(culprit) | {"intensity": np.array(broken, np.float32)})
+    write_patch(spoiled, read_patch(culprit, PATCH_ARRAYS) | {"intensity": np.array(broken, np.float32)})
     patches = dataclasses.replace(patches, train=[spoiled if path == culprit else path for path in patches.train])
     with pytest.raises(UserError) as caught:
         train_alone(config, tmp_path / "run", patches)
     assert caught.value.exit_code == BAD_DATA
     assert "the loss is not finite" in caught.value.problems[0] and str(spoiled) in caught.value.problems[0]
-    assert load_checkpoint(tmp_path / "run/checkpoints/last.pt", KIND)["step"] <= 3
+    assert load_checkpoint(tmp_path / "run/checkpoints/last.pt", KIND, CHECKPOINT)["step"] <= 3
 
 
 def test_known_defect_4_without_validation_tomograms_nothing_is_best(data_folder: Path, tmp_path: Path) -> None:
@@ -300,7 +305,7 @@ def test_a_run_of_another_config_is_not_continued(data_folder: Path, tmp_path: P
         train_alone(other, tmp_path, patches)
     assert caught.value.exit_code == BAD_DATA and "another config" in caught.value.problems[0]
     with pytest.raises(UserError):
-        resume(begin(config, CPU), tmp_path / "checkpoints" / "best.pt", config)
+        resume(begin(config, CPU), tmp_path / "checkpoints" / "best.pt", config, patches)
     last = tmp_path / "checkpoints" / "last.pt"
     before = last.read_bytes()
     assert len(train_alone(config, tmp_path, patches)) == 1, "a complete run is left as it is"
@@ -309,7 +314,7 @@ def test_a_run_of_another_config_is_not_continued(data_folder: Path, tmp_path: P
 
 def test_weights_of_another_model_are_refused_by_name(data_folder: Path, tmp_path: Path) -> None:
     config = small_config(data_folder)
-    save_checkpoint(begin(config, CPU).as_checkpoint(config), tmp_path / "best.pt")
+    save_checkpoint(begin(config, CPU).as_checkpoint(config, NO_PATCHES), tmp_path / "best.pt")
     start = with_train(config, start_from=tmp_path / "best.pt", seed=1)
     first = begin(config, CPU).model.state_dict()
     assert all(torch.equal(value, first[name]) for name, value in begin(start, CPU).model.state_dict().items())
@@ -322,3 +327,107 @@ def test_weights_of_another_model_are_refused_by_name(data_folder: Path, tmp_pat
     with pytest.raises(UserError) as caught:
         begin(with_train(config, start_from=tmp_path / "other.pt"), CPU)
     assert "found ct_retrieval" in caught.value.problems[0]
+
+
+def test_a_run_does_not_continue_on_other_patches_or_labels(data_folder: Path, tmp_path: Path) -> None:
+    config = with_train(small_config(data_folder), steps=2)
+    patches = chosen(config)
+    train_alone(config, tmp_path, patches)
+    labelled, _ = read_tomograms(config.data, False)
+    moved = [dataclasses.replace(label, motors=label.motors + 0.25) for label in labelled]
+    (data_folder / "patches" / "tomo_0" / "complete.json").rename(tmp_path / "marker")  # as if not converted yet
+    try:
+        fewer, warnings = choose_patches(config, config.data.patches, labelled)
+        assert len(warnings) == 1 and "1 tomograms have no patches of these labels" in warnings[0]
+        assert "tomo_0" in warnings[0] and len(fewer.train) < len(patches.train)
+        with pytest.raises(UserError, match="no patch of the chosen folds"):
+            choose_patches(config, config.data.patches, moved)
+    finally:
+        (tmp_path / "marker").rename(data_folder / "patches" / "tomo_0" / "complete.json")
+    assert chosen(config).digest == patches.digest != fewer.digest
+    with pytest.raises(UserError) as caught:
+        train_alone(config, tmp_path, fewer)
+    assert caught.value.exit_code == BAD_DATA and "have changed since this run began" in caught.value.problems[0]
+
+
+def test_what_validation_measures_with_is_no_constant_of_inference_or_evaluation(data_folder: Path) -> None:
+    """Else two runs of one identity could keep different best weights."""
+    config = small_config(data_folder)
+    other = configure(config, [], ["inference.min_distance_angstrom=2000", "inference.max_picks=1",
+                                   "inference.min_score=0.9", "evaluation.tolerance_angstrom=1"])  # fmt: skip
+    assert training_identity(other) == training_identity(config)
+    model = begin(config, CPU).average
+    with torch.no_grad():
+        model.logit.weight.normal_(0, 1.0, generator=torch.Generator().manual_seed(0))
+    with process_group(True) as device:
+        assert validate(model, chosen(config), config, device) == validate(model, chosen(config), other, device)
+
+
+def test_a_pick_on_the_tail_of_a_motor_just_outside_counts_neither_way(tmp_path: Path) -> None:
+    """The patch shows half of it; calling the pick false would punish the network for being right."""
+    config = configure(small_config(tmp_path), [], ["model.stride=8"])
+    spacing, nan = torch.full((1, 3), 13.1), [float("nan")] * 3
+    for motors, truths, picks in (
+        ([[-3.0, 16, 16], nan], 0, 0),  # outside: its pick is left out
+        ([[1.0, 16, 16], nan], 1, 1),  # inside
+        ([[-3.0, 16, 16], [4.0, 16, 16]], 1, 1),  # beside one inside: the pick may be that one's
+        ([nan, nan], 0, 1),  # no motor anywhere: a false pick
+    ):
+        tensor = torch.tensor([motors])
+        drawn = tensor[:, :1] if picks or truths else tensor
+        shown = torch.tensor([[[2.0, 16, 16]]]) if tensor.isnan().all() else drawn
+        heat = render_heatmaps(shown, 200 / spacing, (32, 32, 32), 8)[0, 0].numpy()
+        batch = Sample(
+            torch.zeros(1, 1, 32, 32, 32), torch.zeros(1, 2), tensor, spacing, torch.zeros(1), torch.zeros(1)
+        )
+        scored = validation.picks_of_patch(heat, batch, 0, config)
+        assert (len(scored.truths), len(scored.scores)) == (truths, picks), motors
+
+
+def test_an_unreadable_patch_is_named_by_reading_processes_too(data_folder: Path, tmp_path: Path) -> None:
+    """torch would wrap what a worker raises in a traceback of its own."""
+    config = with_train(small_config(data_folder), workers=1, steps=4)
+    patches = chosen(config)
+    broken = tmp_path / "0000_single.npz"
+    broken.write_bytes(b"damaged")
+    for changed in (dataclasses.replace(patches, train=[broken]), dataclasses.replace(patches, validation=[broken])):
+        with pytest.raises(UserError) as caught:
+            train_alone(config, tmp_path / "run", changed)
+        assert caught.value.exit_code == BAD_DATA and str(broken) in caught.value.problems[0]
+
+
+def test_a_loss_that_is_no_number_on_one_process_ends_both_with_one_message(data_folder: Path, tmp_path: Path) -> None:
+    config = with_train(in_folder(small_config(data_folder), tmp_path), steps=4)
+    folder = tmp_path / "patches"
+    shutil.copytree(config.data.patches, folder)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, patches=folder))
+    patches = chosen(config)
+    sample = PatchStream(patches.train, patches.max_motors, config.train.seed)[2]  # of the second process
+    assert isinstance(sample, Sample)
+    culprit = patches.train[int(sample.index)]
+    write_patch(culprit, read_patch(culprit, PATCH_ARRAYS) | {"intensity": np.array([np.nan, 30.0], np.float32)})
+    done = run_command(script("train.py", config, tmp_path, 2, []))
+    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1, done.stderr  # torchrun's own code for a failed process
+    assert len(told) == 1 and "the loss is not finite" in told[0] and str(culprit) in told[0]
+    assert "gloo" not in done.stderr
+
+
+def test_processes_that_would_continue_at_different_steps_are_refused() -> None:
+    """Machines without a common disk: one of them has the run's last checkpoint, another has not."""
+    trainer.check_same_step([40, 40], Path("runs/a"))
+    with pytest.raises(UserError, match=r"run.root: .* at the steps \[40, 0\]; .* all machines share"):
+        trainer.check_same_step([40, 0], Path("runs/a"))
+
+
+def test_an_optimizer_that_does_not_fit_is_a_damaged_checkpoint(data_folder: Path, tmp_path: Path) -> None:
+    config = with_train(small_config(data_folder), steps=2)
+    patches = chosen(config)
+    train_alone(config, tmp_path, patches)
+    last = tmp_path / "checkpoints" / "last.pt"
+    saved = load_checkpoint(last, KIND, CHECKPOINT)
+    for damage in ({"optimizer": {}}, {"optimizer": {"state": {}, "param_groups": []}}, {"model": {"a": 3}}):
+        save_checkpoint(saved | damage, last)
+        with pytest.raises(UserError) as caught:
+            resume(begin(config, CPU), last, config, patches)
+        assert caught.value.exit_code == BAD_DATA and str(last) in caught.value.problems[0]

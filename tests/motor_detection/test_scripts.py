@@ -1,0 +1,202 @@
+"""eval.py, predict.py and crossval.py on a run of a few steps: what they write, take over, and refuse before working."""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from common.config import as_yaml, configure
+from common.errors import BAD_DATA, WRONG_CALL, run_script
+from motor_detection import crossval, eval, evaluation, inference, predict
+from motor_detection.config import Config
+from motor_detection.pick_files import read_picks_csv
+from tests.motor_detection.small_runs import small_config, small_patches, train_alone, write_tomograms
+
+Main = Callable[[list[str]], int]
+RUNS = {  # folds of the small tomograms: 2 3 2 3 0 0 1, of which fold 1 has no motor
+    "a": ["data.validation_fold=0", "data.test_fold=3"],
+    "fold0": ["data.validation_fold=0", "data.test_fold=-1"],
+    "fold2": ["data.validation_fold=2", "data.test_fold=-1", "train.seed=7"],
+    "other": ["data.validation_fold=3", "data.test_fold=-1", "train.weight_decay=0.5"],
+    "again": ["data.validation_fold=0", "data.test_fold=-1", "train.seed=8"],
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tomograms, patches and five short runs under runs/."""
+    folder = tmp_path_factory.mktemp("scripts")
+    write_tomograms(folder, range(7))
+    base = configure(small_config(folder), [], ["train.steps=2", "train.log_every=1", "inference.min_score=0.001"])
+    for name, changes in RUNS.items():
+        config = configure(base, [], [*changes, f"run.name={name}"])
+        run = folder / "runs" / name
+        run.mkdir(parents=True)
+        (run / "config.yaml").write_text(as_yaml(config))
+        (run / "environment.json").write_text("{}")
+        train_alone(config, run, small_patches(config))
+    return folder
+
+
+def config_of(run: Path) -> Config:
+    return configure(small_config(run), [run / "config.yaml"], [])
+
+
+def said(main: Main, words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[object, str, list[str]]:
+    """Exit code, output and error lines of a script's main; no traceback."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["script", *words])
+        with pytest.raises(SystemExit) as left:
+            run_script(main)
+    printed = capsys.readouterr()
+    return left.value.code, printed.out, [line for line in printed.err.splitlines() if line.startswith("error: ")]
+
+
+def test_eval_writes_figures_picks_pictures_and_a_report(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = trained / "runs" / "a"
+    code, out, problems = said(eval.main, ["--run", str(run), "inference.precision=bfloat16"], capsys)
+    assert code == 0, problems
+    assert "bfloat16 changes scores by at most" in out and "always the middle" in out
+    figures = json.loads((run / "results" / "metrics.json").read_text())
+    names = ("f2", "f2_low", "f2_high", "n", "baseline_f2", "localisation_error_angstrom", "threshold",
+             "chance_f2", "middle_f2", "precision", "recall", "validation_f2")  # fmt: skip
+    assert set(names) <= figures.keys() and figures["n"] == 2 and figures["f2_low"] is None
+    assert figures["middle_f2"] > 0, "the small volume's middle is within 1000 angstrom of everything"
+    for name in ("precision_recall", "picks", "learning_curve"):
+        assert (run / "figures" / f"{name}.png").stat().st_size > 5000
+    report = (run / "report.html").read_text()
+    assert report.count("data:image/png;base64,") == 3 and "localisation error angstrom" in report
+    assert [one.tomo_id for one in read_picks_csv(run / "results" / "picks_test.csv")] == ["tomo_1", "tomo_3"]
+
+
+def test_eval_fails_before_any_inference_where_no_figure_would_come_out(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("inference began")
+
+    monkeypatch.setattr(evaluation, "pick_motors", never)
+    run = tmp_path / "run"
+    shutil.copytree(trained / "runs" / "a", run)
+    config = config_of(run)
+    for change, words in (
+        ("data.test_fold=1", "was trained with other constants"),
+        ("train.steps=3", "was trained with other constants"),
+    ):
+        code, _, problems = said(eval.main, ["--run", str(run), change], capsys)
+        assert code == WRONG_CALL and words in problems[0], problems
+    table = pd.read_csv(config.data.labels)
+    for fold, coordinates, words in (
+        (3, "[]", "data.test_fold: no motor in the 2 tomograms of fold 3"),
+        (0, "[]", "data.validation_fold: no motor in the 2 tomograms of fold 0"),
+    ):
+        changed = table.assign(coordinates=table.coordinates.where(table.fold != fold, coordinates))
+        changed.to_csv(tmp_path / "labels.csv", index=False)
+        monkeypatch.setattr(eval, "training_identity", lambda config: "")
+        code, _, problems = said(eval.main, ["--run", str(run), f"data.labels={tmp_path}/labels.csv"], capsys)
+        assert code == WRONG_CALL and words in problems[0], problems
+    table.assign(fold=-1).to_csv(tmp_path / "labels.csv", index=False)
+    code, _, problems = said(eval.main, ["--run", str(run), f"data.labels={tmp_path}/labels.csv"], capsys)
+    assert code == BAD_DATA and "every tomogram has fold -1" in problems[0]
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.csv", "checkpoints/best.pt"])
+def test_eval_names_a_damaged_file_of_the_run(
+    trained: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(trained / "runs" / "a", tmp_path / "run")
+    for damage in (b"\xff\xfe\x00", b""):
+        (tmp_path / "run" / name).write_bytes(damage)
+        code, _, problems = said(eval.main, ["--run", str(tmp_path / "run")], capsys)
+        assert code in (WRONG_CALL, BAD_DATA) and name in problems[0], problems
+        if name == "metrics.csv":
+            return  # an empty table of records draws an empty curve
+
+
+def predict_words(run: Path, output: Path) -> list[str]:
+    inputs = str(run.parents[1] / "tomograms" / "tomo_1")
+    return ["--checkpoint", str(run / "checkpoints" / "best.pt"), "--input", inputs, "--output", str(output),
+            "data.voxel_spacing_angstrom=13.1"]  # fmt: skip
+
+
+def test_predict_takes_the_threshold_that_eval_chose_for_these_weights(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = trained / "runs" / "fold0"
+    words = predict_words(run, tmp_path / "out")
+    assert "threshold of submission.csv: 0.5" in said(predict.main, words, capsys)[1]
+    judged = run / "results" / "metrics.json"
+    judged.parent.mkdir(exist_ok=True)
+    judged.write_text('{"threshold": 0.0025}')
+    out = said(predict.main, words, capsys)[1]
+    assert f"threshold of submission.csv: 0.003, from {judged}" in out and "score of at least 0.003" in out
+    os.utime(judged, (1, 1))  # judged before these weights were written
+    assert "threshold of submission.csv: 0.5" in said(predict.main, words, capsys)[1]
+    judged.write_text("damaged")
+    code, _, problems = said(predict.main, words, capsys)
+    assert code == BAD_DATA and str(judged) in problems[0]
+    assert "0.7" in said(predict.main, [*words, "--threshold", "0.7"], capsys)[1]
+
+
+def test_predict_refuses_names_that_no_table_can_hold(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = predict_words(trained / "runs" / "a", tmp_path / "out")
+    for name in (b"tomo_\xff.npy", b"data_1.npy", b"to mo.npy"):
+        path = tmp_path / os.fsdecode(name)
+        np.save(path, np.zeros((40, 40, 40), np.uint8))
+        words[words.index("--input") + 1] = str(path)
+        code, _, problems = said(predict.main, words, capsys)
+        assert code == WRONG_CALL and "cannot be a name in STAR and CSV files" in problems[0]
+
+
+def test_a_checkpoint_whose_config_is_of_another_version_is_named(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = predict_words(trained / "runs" / "a", tmp_path / "out")
+    whole = inference.load_checkpoint
+
+    def older(*given: object) -> dict[str, object]:
+        state = whole(*given)  # type: ignore[arg-type]
+        return state | {"config": str(state["config"]).replace("positive_weight", "pos_weight")}
+
+    monkeypatch.setattr(inference, "load_checkpoint", older)
+    code, _, problems = said(predict.main, words, capsys)
+    assert code == BAD_DATA and "best.pt: its config does not fit this version: loss.pos_weight" in problems[0]
+
+
+def test_crossval_pools_runs_that_differ_in_fold_and_seed(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [str(trained / "runs" / name) for name in ("fold0", "fold2")]
+    words = [*runs, "evaluation.task=every_motor", "evaluation.beta=1", "--output", str(tmp_path / "pooled")]
+    code, out, problems = said(crossval.main, words, capsys)
+    assert code == 0, problems
+    figures = json.loads((tmp_path / "pooled" / "crossval.json").read_text())
+    assert {"f1", "f1_low", "f1_high", "mean_threshold"} <= figures.keys() and (figures["n"], figures["folds"]) == (
+        4,
+        2,
+    )
+    assert "out-of-fold F1" in out
+    pooled = read_picks_csv(tmp_path / "pooled" / "picks_out_of_fold.csv")
+    assert sorted(one.tomo_id for one in pooled) == ["tomo_0", "tomo_2", "tomo_4", "tomo_5"]
+
+
+def test_crossval_refuses_runs_that_cannot_be_pooled(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for names, more, words in (
+        (("fold0",), [], "at least two runs"),
+        (("fold0", "again"), [], "validates on fold 0, as "),
+        (("fold0", "other"), [], "differs from"),
+        (("fold0", "fold2"), ["train.steps=9"], "only inference and evaluation can be changed"),
+        (("fold0", "fold2"), ["evaluation.tolerance=9"], "did you mean evaluation.tolerance_angstrom"),
+        (("fold0", "absent"), [], "no such checkpoint"),
+    ):
+        runs = [str(trained / "runs" / name) for name in names]
+        code, _, problems = said(crossval.main, [*runs, *more], capsys)
+        assert code in (WRONG_CALL, BAD_DATA) and words in problems[0], problems
