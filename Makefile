@@ -9,6 +9,7 @@ export OMP_WAIT_POLICY := PASSIVE
 .PHONY: demo test lint clean
 
 demo: $(VENV)/core  ## simulate data, train and evaluate a task: make demo TASK=motor_detection
+	@test -f $(TASK)/train.py || { echo "error: TASK=$(TASK): no such task here (no $(TASK)/train.py)"; exit 2; }
 	$(RUN) $(TASK)/train.py
 	$(RUN) $(TASK)/eval.py
 
@@ -21,6 +22,8 @@ lint: $(VENV)/tests  ## style and types
 	$(RUN) -m mypy
 
 $(VENV)/core: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: expected Python 3.11 or newer; give one: make demo PYTHON=python3.12"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --requirement requirements.txt
 	touch $@

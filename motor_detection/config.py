@@ -35,7 +35,7 @@ class Data:
 class Convert:
     patch_size: tuple[int, int, int] = (160, 288, 288)  # voxels z, y, x; multiples of 32; the original's
     single: float = 15.0  # N: patches per motor with that motor inside; a fraction is a probability
-    multi: float = 15.0  # Y: patches per pair of motors that fit into one patch together
+    multi: float = 15.0  # Y: patches per pair of motors that fit into one patch (the original: per two motors)
     hard_negative: float = 1.0  # M: patches per motor just beside it, the motor outside
     negative: float = 1.0  # X: patches per tomogram from anywhere without a motor
     producers: int = 3  # processes that load tomograms while the main process saves

@@ -78,22 +78,17 @@ def working_copy(model: MotorIdentifier, precision: str) -> MotorIdentifier:
 
 @torch.inference_mode()
 def heatmap_logits(
-    model: MotorIdentifier,
-    tomogram: Tomogram,
-    intensity: Intensity,
-    flipped: tuple[int, ...],
-    config: Config,
-    device: torch.device,
+    model: MotorIdentifier, cache: SlabCache, flipped: tuple[int, ...], config: Config, device: torch.device
 ) -> Tensor:
     """Logits (ceil(z/stride), ...) float32 on the CPU of one tomogram under a config's tiling and the model's precision.
 
-    flipped: axes (0 z, 1 y, 2 x) along which the network sees the tomogram reversed; the map is turned back.
+    cache: of the tomogram; one for all flips and models decodes a small tomogram only once. flipped: axes (0 z, 1 y,
+    2 x) along which the network sees the tomogram reversed; the map is turned back.
     """
     if config.inference.tiling == "exact" and not model.is_local:
         raise config_error("inference.tiling: a model with group norm or squeeze-and-excitation needs blended windows")
-    cache = SlabCache(tomogram, intensity, {})
     dtype = model.stem.weight.dtype
-    shape = tomogram.volume.shape
+    shape = cache.tomogram.volume.shape
     seen = padded_shape(shape, flipped, model.deepest_stride)
 
     def read(box: Box) -> Tensor:
@@ -168,13 +163,9 @@ def averaged_heatmap(
     models: list[MotorIdentifier], tomogram: Tomogram, config: Config, device: torch.device
 ) -> np.ndarray:
     """Probabilities (z, y, x cells): the mean over models of sigmoid(logits), over all 8 flips where config asks."""
-    intensity = measure_intensity(tomogram.volume)
+    cache = SlabCache(tomogram, measure_intensity(tomogram.volume), {})
     flips = FLIPS if config.inference.flips else [()]
-    maps = (
-        heatmap_logits(model, tomogram, intensity, flipped, config, device).sigmoid()
-        for model in models
-        for flipped in flips
-    )
+    maps = (heatmap_logits(model, cache, flipped, config, device).sigmoid() for model in models for flipped in flips)
     total = next(maps)
     for more in maps:
         total += more

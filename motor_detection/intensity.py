@@ -8,7 +8,7 @@ import numpy as np
 from common.errors import data_error
 from common.volumes import Volume
 
-SAMPLED_SLICES = 24  # spread evenly over z; enough for a mean within 1 % of a deviation
+SAMPLED_SLICES = 24  # spread evenly over z: a few million voxels, read in well under a second
 CLIPPED_PERCENT = 0.1  # of the voxels at either end when floats become bytes
 
 

@@ -60,7 +60,7 @@ def test_exact_tiles_are_eight_times_faster_than_half_overlapping_windows(tomogr
     fast = working_copy(model, KAGGLE.inference.precision)
 
     def exact() -> None:
-        heatmap_logits(fast, tomogram, intensity, (), KAGGLE, CPU)
+        heatmap_logits(fast, SlabCache(tomogram, intensity, {}), (), KAGGLE, CPU)
 
     @torch.inference_mode()
     def windows(network: torch.nn.Module) -> None:
@@ -91,7 +91,9 @@ def test_tiled_logits_equal_the_untiled_ones_at_full_size(tmp_path: Path) -> Non
     with torch.inference_mode():
         untiled = model(SlabCache(tomogram, intensity, {}).read(((0, 0, 0), tomogram.volume.shape)))[0, 0]
     tile = dataclasses.replace(KAGGLE.inference, tile_size=(64, 128, 96), precision="float32")
-    tiled = heatmap_logits(model, tomogram, intensity, (), dataclasses.replace(KAGGLE, inference=tile), CPU)
+    tiled = heatmap_logits(
+        model, SlabCache(tomogram, intensity, {}), (), dataclasses.replace(KAGGLE, inference=tile), CPU
+    )
     difference = (tiled - untiled).abs().max().item()
     print(f"\nlargest difference of logits {difference:.1e} (logits up to {untiled.abs().max().item():.1f})")
     assert difference < 1e-3

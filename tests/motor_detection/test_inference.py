@@ -71,7 +71,7 @@ def test_tiles_give_what_the_whole_volume_gives(tmp_path: Path, stride: int, til
     whole, intensity = normalised(volume)
     with torch.inference_mode():
         expected = model(whole)[0, 0]
-    found = heatmap_logits(model, volume, intensity, (), with_tiles("exact", tile), CPU)
+    found = heatmap_logits(model, SlabCache(volume, intensity, {}), (), with_tiles("exact", tile), CPU)
     assert found.shape == output_shape(SHAPE, stride) and expected.std() > 0.1
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
@@ -84,10 +84,13 @@ def test_thin_and_small_volumes(tmp_path: Path, shape: tuple[int, int, int]) -> 
     with torch.inference_mode():
         expected = model(whole)[0, 0]
     for flipped in FLIPS:
-        found = heatmap_logits(model, volume, intensity, flipped, with_tiles("exact", 32), CPU)
+        found = heatmap_logits(model, SlabCache(volume, intensity, {}), flipped, with_tiles("exact", 32), CPU)
         assert found.shape == expected.shape
     torch.testing.assert_close(
-        heatmap_logits(model, volume, intensity, (), with_tiles("exact", 32), CPU), expected, atol=1e-4, rtol=0
+        heatmap_logits(model, SlabCache(volume, intensity, {}), (), with_tiles("exact", 32), CPU),
+        expected,
+        atol=1e-4,
+        rtol=0,
     )
 
 
@@ -103,7 +106,7 @@ def test_a_flip_is_the_network_on_the_reversed_volume(tmp_path: Path, flipped: t
     with torch.inference_mode():
         reverse = model(filled.flip([axis + 2 for axis in flipped]))[0, 0].flip(flipped)
     cells = output_shape(SHAPE, 16)
-    found = heatmap_logits(model, volume, intensity, flipped, with_tiles("exact", 32), CPU)
+    found = heatmap_logits(model, SlabCache(volume, intensity, {}), flipped, with_tiles("exact", 32), CPU)
     torch.testing.assert_close(found, reverse[: cells[0], : cells[1], : cells[2]], atol=1e-4, rtol=0)
 
 
@@ -133,7 +136,7 @@ def test_flipped_maps_lie_on_the_same_cells(tmp_path: Path, stride: int) -> None
     config = dataclasses.replace(
         with_tiles("blended", 32), convert=dataclasses.replace(KAGGLE.convert, patch_size=(96, 128, 96))
     )  # one window holds everything
-    maps = [heatmap_logits(CellMeans(stride), volume, intensity, f, config, CPU) for f in FLIPS]  # type: ignore[arg-type]
+    maps = [heatmap_logits(CellMeans(stride), SlabCache(volume, intensity, {}), f, config, CPU) for f in FLIPS]  # type: ignore[arg-type]
     assert (maps[0] > 0).sum() == 4 and maps[0][0, 0, 0] > 0 and maps[0][-1, -1, -1] > 0
     for flipped in maps[1:]:
         torch.testing.assert_close(flipped, maps[0])
@@ -147,7 +150,9 @@ def test_the_average_is_over_probabilities_of_models_and_flips(tmp_path: Path) -
     intensity = measure_intensity(volume.volume)
     plain = with_tiles("exact", 64)
     flips = dataclasses.replace(plain, inference=dataclasses.replace(plain.inference, flips=True))
-    single = [[heatmap_logits(m, volume, intensity, f, plain, CPU).sigmoid() for f in FLIPS] for m in models]
+    single = [
+        [heatmap_logits(m, SlabCache(volume, intensity, {}), f, plain, CPU).sigmoid() for f in FLIPS] for m in models
+    ]
     expected = torch.stack([probability for maps in single for probability in maps]).mean(0)
     np.testing.assert_allclose(averaged_heatmap(models, volume, flips, CPU), expected, atol=1e-6)
     expected = torch.stack([maps[0] for maps in single]).mean(0)
@@ -164,12 +169,12 @@ def test_blended_windows_serve_networks_that_see_their_whole_window(
     whole, intensity = normalised(volume)
     with torch.inference_mode():
         expected = model(whole)[0, 0]
-    blended = heatmap_logits(model, volume, intensity, (), with_tiles("blended", 32), CPU)
+    blended = heatmap_logits(model, SlabCache(volume, intensity, {}), (), with_tiles("blended", 32), CPU)
     assert blended.shape == expected.shape and torch.isfinite(blended).all()
     assert not torch.equal(blended, expected)
     assert np.corrcoef(blended.flatten(), expected.flatten())[0, 1] > 0.5
     wide = dataclasses.replace(KAGGLE, inference=with_tiles("blended", 32).inference)
-    torch.testing.assert_close(heatmap_logits(model, volume, intensity, (), wide, CPU), expected)
+    torch.testing.assert_close(heatmap_logits(model, SlabCache(volume, intensity, {}), (), wide, CPU), expected)
 
 
 def test_every_slice_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +193,7 @@ def test_every_slice_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     model = random_network(16, "batch", False)
     for flipped in [(), (0,), (1, 2)]:
         decoded.clear()
-        heatmap_logits(model, volume, intensity, flipped, with_tiles("exact", 32), CPU)
+        heatmap_logits(model, SlabCache(volume, intensity, {}), flipped, with_tiles("exact", 32), CPU)
         assert sorted(decoded) == list(range(SHAPE[0]))
 
 
@@ -206,7 +211,7 @@ def test_a_large_map_lies_in_a_file_and_gives_the_same(tmp_path: Path, monkeypat
     model = random_network(16, "batch", False)
     volume = tomogram(tmp_path, grey_noise(SHAPE))
     intensity = measure_intensity(volume.volume)
-    in_memory = heatmap_logits(model, volume, intensity, (), with_tiles("exact", 32), CPU)
+    in_memory = heatmap_logits(model, SlabCache(volume, intensity, {}), (), with_tiles("exact", 32), CPU)
     mapped: list[Path] = []
     from_file = torch.from_file
 
@@ -216,7 +221,7 @@ def test_a_large_map_lies_in_a_file_and_gives_the_same(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(torch, "from_file", noted)
     monkeypatch.setattr(inference, "IN_MEMORY_BYTES", 1000)
-    in_file = heatmap_logits(model, volume, intensity, (), with_tiles("exact", 32), CPU)
+    in_file = heatmap_logits(model, SlabCache(volume, intensity, {}), (), with_tiles("exact", 32), CPU)
     assert len(mapped) == 1 and not mapped[0].exists(), "the file must be gone afterwards"
     assert torch.equal(in_file, in_memory)
 
@@ -230,7 +235,7 @@ def test_bfloat16_costs_little_and_says_how_much(tmp_path: Path) -> None:
     fast = dataclasses.replace(config, inference=dataclasses.replace(config.inference, precision="bfloat16"))
     said = rounding_cost(model, volume, fast, CPU)
     assert 0 < said < 0.1
-    rounded = heatmap_logits(working_copy(model, "bfloat16"), volume, intensity, (), fast, CPU)
+    rounded = heatmap_logits(working_copy(model, "bfloat16"), SlabCache(volume, intensity, {}), (), fast, CPU)
     with torch.inference_mode():
         exact = model(whole)[0, 0]
     assert rounded.dtype == torch.float32

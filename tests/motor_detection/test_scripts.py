@@ -10,13 +10,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
+from common.checkpoint import save_checkpoint
 from common.config import as_yaml, configure
 from common.errors import BAD_DATA, WRONG_CALL, run_script
-from motor_detection import crossval, eval, evaluation, inference, predict
+from motor_detection import convert, crossval, eval, evaluation, inference, predict, train
+from motor_detection.baseline import blob_picks
 from motor_detection.config import Config
 from motor_detection.pick_files import read_picks_csv
-from tests.motor_detection.small_runs import small_config, small_patches, train_alone, write_tomograms
+from motor_detection.tomograms import open_tomogram
+from motor_detection.trainer import begin
+from tests.motor_detection.small_runs import NO_PATCHES, small_config, small_patches, train_alone, write_tomograms
 
 Main = Callable[[list[str]], int]
 RUNS = {  # folds of the small tomograms: 2 3 2 3 0 0 1, of which fold 1 has no motor
@@ -200,3 +205,70 @@ def test_crossval_refuses_runs_that_cannot_be_pooled(trained: Path, capsys: pyte
         runs = [str(trained / "runs" / name) for name in names]
         code, _, problems = said(crossval.main, [*runs, *more], capsys)
         assert code in (WRONG_CALL, BAD_DATA) and words in problems[0], problems
+
+
+def test_predict_knows_a_tomogram_by_its_place_and_time_not_only_by_its_name(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picked: list[Path] = []
+    whole = predict.picks_of
+    monkeypatch.setattr(predict, "picks_of", lambda t, *rest: (picked.append(t.volume.path), whole(t, *rest))[1])
+    run = trained / "runs" / "a"
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        np.save(tmp_path / folder / "tomo.npy", np.random.default_rng(0).integers(0, 255, (40, 40, 40), np.uint8))
+    words = predict_words(run, tmp_path / "out")
+    for folder, times in (("one", 1), ("one", 1), ("two", 2), ("two", 2)):
+        words[words.index("--input") + 1] = str(tmp_path / folder / "tomo.npy")
+        assert said(predict.main, words, capsys)[0] == 0
+        assert len(picked) == times
+    os.utime(tmp_path / "two" / "tomo.npy", (9, 9))
+    assert said(predict.main, words, capsys)[0] == 0 and len(picked) == 3
+
+
+def test_predict_names_a_volume_with_a_voxel_that_is_no_number(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also between the slices that the intensity is measured on."""
+    voxels = np.random.default_rng(0).normal(size=(90, 40, 40)).astype(np.float32)
+    voxels[2, 3, 4] = np.nan
+    np.save(tmp_path / "tomo.npy", voxels)
+    words = predict_words(trained / "runs" / "a", tmp_path / "out")
+    words[words.index("--input") + 1] = str(tmp_path / "tomo.npy")
+    code, _, problems = said(predict.main, words, capsys)
+    assert code == BAD_DATA and "tomo.npy: holds NaN or infinite voxels" in problems[0]
+
+
+def test_exact_tiles_are_refused_for_any_member_of_an_ensemble_with_group_norm(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = configure(config_of(trained / "runs" / "a"), [], ["model.norm=group", "inference.tiling=blended"])
+    state = begin(config, torch.device("cpu")).as_checkpoint(config, NO_PATCHES)
+    save_checkpoint(state, tmp_path / "group.pt")
+    words = [*predict_words(trained / "runs" / "a", tmp_path / "out"), "--checkpoint", str(tmp_path / "group.pt")]
+    code, _, problems = said(predict.main, words, capsys)
+    assert code != 0 and "group norm" in problems[0]
+
+
+@pytest.mark.parametrize("change", ["run.name=../elsewhere", "run.name=a/b", "run.name=''", "run.preset='-x'"])
+def test_a_runs_name_stays_inside_the_folder_of_runs(change: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, problems = said(train.main, [change], capsys)
+    assert code == WRONG_CALL and "a folder's name" in problems[0]
+
+
+def test_a_file_in_the_place_of_a_folder_is_told(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    base = ["--preset", "kaggle", "--config", str(trained / "runs" / "a" / "config.yaml")]
+    for main, change in ((train.main, f"run.root={tmp_path}/file"), (convert.main, f"data.patches={tmp_path}/file"),
+                         (convert.main, f"data.patches={tmp_path}/file/inside")):  # fmt: skip
+        code, _, problems = said(main, [*base, change], capsys)
+        assert code in (WRONG_CALL, BAD_DATA) and str(tmp_path / "file") in problems[0]
+
+
+def test_the_blob_picker_takes_a_tomogram_thinner_than_its_blobs(tmp_path: Path) -> None:
+    np.save(tmp_path / "thin.npy", np.random.default_rng(0).integers(0, 255, (3, 60, 70), np.uint8))
+    tomogram = open_tomogram(tmp_path / "thin.npy", None, 13.1)
+    picks = blob_picks(tomogram, np.zeros((0, 3)), (60.0, 250.0), 300.0, 5)
+    assert len(picks) == 4 and all(len(found.scores) <= 5 for found in picks.values())
