@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from common.metrics.detection import (
     precision_recall_curve,
 )
 from common.metrics.intervals import Interval, f_beta_interval, paired_bootstrap_difference
-from motor_detection.baseline import best_variant, blob_picks, middle_picks, random_picks, variant_in_words
+from motor_detection.baseline import Variant, best_variant, blob_picks, middle_picks, random_picks, variant_in_words
 from motor_detection.config import Config, Evaluation
 from motor_detection.inference import pick_motors
 from motor_detection.labels import LabelledTomogram
@@ -31,6 +32,7 @@ from motor_detection.pick_files import TomogramPicks
 from motor_detection.tomograms import Tomogram, open_tomogram, spacing_warnings
 
 CHANCE_DRAWS = 100
+BLOB_THREADS = 2  # each holds a tomogram
 FEWEST_FOR_INTERVAL = 5  # tomograms; resampling fewer says nothing about others
 Counts = npt.NDArray[np.int64]
 
@@ -89,13 +91,13 @@ def pick_blobs(validation: list[Picked], test: list[Picked], config: Config) -> 
     """The blob picker on the same tomograms: sigma, polarity and threshold are chosen on validation, as ours is."""
     settings, inference = config.evaluation, config.inference
     everyone = [*validation, *test]
-    found = [
-        blob_picks(
-            one.tomogram, one.scored.truths, settings.blob_sigmas_angstrom,
-            inference.min_distance_angstrom, inference.max_picks,
-        )
-        for one in progress(everyone, "picking blobs", len(everyone), True)
-    ]  # fmt: skip
+
+    def pick(one: Picked) -> dict[Variant, ScoredTomogram]:
+        sigmas, distance = settings.blob_sigmas_angstrom, inference.min_distance_angstrom
+        return blob_picks(one.tomogram, one.scored.truths, sigmas, distance, inference.max_picks)
+
+    with ThreadPoolExecutor(BLOB_THREADS) as pool:  # scipy's filters let other threads run
+        found = list(progress(pool.map(pick, everyone), "picking blobs", len(everyone), True))
     variant, threshold = best_variant(found[: len(validation)], lambda chosen: curve_of(chosen, settings))
     words = f"Laplacian of Gaussian, {variant_in_words(variant)}"
     return Blobs(words, threshold, [blobs[variant] for blobs in found[len(validation) :]])

@@ -40,10 +40,10 @@ def validate(model: nn.Module, patches: Patches, config: Config, device: torch.d
     """
     rows = all_ranks_do(lambda: score_own_patches(model, patches, config, device))
     together = sorted((row for part in gather_objects(rows) for row in part), key=lambda row: row[0])
-    scores = np.array([row[1] for row in together])
-    figures = {name: float(np.nanmean(scores[:, column])) for column, name in enumerate(FIGURES)}
     tolerance = TOLERANCE_SIGMAS * config.heatmap.sigma_angstrom
     curve = precision_recall_curve([row[2] for row in together], tolerance, 1.0)  # average precision needs no beta
+    scores = np.array([row[1] for row in together])
+    figures = {name: float(np.nanmean(scores[:, column])) for column, name in enumerate(FIGURES)}
     return figures | {"average_precision": average_precision(curve)}
 
 
