@@ -23,6 +23,7 @@ import yaml
 from common.errors import config_error, data_error
 
 ConfigType = TypeVar("ConfigType")
+UNREADABLE_YAML = (yaml.YAMLError, ValueError)  # of a date 2020-13-45, a number 0x_, or bytes that are no text
 LARGEST_INT = 2**31 - 1  # of a constant: seeds, counts and sizes; more would only end in some library's overflow
 UNIONS = (types.UnionType, Union)  # how `int | None` and `Literal[...] | None` are declared
 
@@ -54,7 +55,7 @@ def restore(constants: ConfigType, text: str, path: Path) -> ConfigType:
     problems: list[str] = []
     try:
         tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except UNREADABLE_YAML as error:
         raise data_error(f"{path}: its config is damaged ({' '.join(str(error).split())})") from error
     config = _judged(constants, tree, problems)
     if problems:
@@ -104,10 +105,10 @@ def _comments(section: type) -> dict[str, str]:
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(file.read_text())
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise config_error(f"--config {file}: {error.strerror}; expected a YAML file of sections") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UNREADABLE_YAML as error:
         raise config_error(f"--config {file}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(tree, dict):
         raise config_error(f"--config {file}: expected sections with constants, found {tree!r}")
@@ -117,7 +118,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 def _nested(name: str, text: str, problems: list[str]) -> dict[str, Any]:
     try:
         nested = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except UNREADABLE_YAML:
         problems.append(f"{name}: cannot read the value {text!r}; quote it if it is text")
         return {}
     for part in reversed(name.split(".")):

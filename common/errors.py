@@ -51,7 +51,7 @@ def run_script(main: Callable[[list[str]], int]) -> None:
             print(f"error: {problem}", file=sys.stderr)
         code = error.exit_code
     except KeyboardInterrupt:
-        print("interrupted: the same command continues from the last checkpoint", file=sys.stderr)
+        print("interrupted: the same command continues", file=sys.stderr)
         code = INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; nothing more to say

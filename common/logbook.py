@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import io
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -50,11 +51,11 @@ def note_environment(path: Path, now: dict[str, Any]) -> None:
     try:
         began: dict[str, Any] = json.loads(read_text(path)) if path.exists() else now | {"continued_on": []}
         last = began["continued_on"][-1] if began["continued_on"] else began
-        changed = [name for name in ("commit", "device", "versions") if last[name] != now[name]]
+        changed = [name for name in ("commit", "device", "processes", "versions") if last[name] != now[name]]
     except (ValueError, KeyError, TypeError) as error:
         raise data_error(f"{path}: damaged ({error!r}); delete it, and it is written anew") from error
     if changed:
-        print(f"warning: {path.parent} began with another {' and '.join(changed)}; its bits may differ from here on")
+        print(f"warning: {path.parent} began with other {' and '.join(changed)}; its bits may differ from here on")
         began["continued_on"].append(now)
     write_text(path, json.dumps(began, indent=2) + "\n")
 
@@ -70,6 +71,7 @@ def environment(arguments: list[str]) -> dict[str, Any]:
         "commit": git.stdout.strip() if git is not None and git.returncode == 0 else "unknown",
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "processes": int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else 1,
         "device": torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads",
         "versions": {name: importlib.metadata.version(name) for name in VERSIONED},
     }
@@ -104,15 +106,19 @@ def progress(items: Iterable[Item], description: str, total: int, shown: bool) -
 class Scalars:
     """TensorBoard's curves of a run, if tensorboard is installed; otherwise nothing."""
 
-    def __init__(self, folder: Path, records: list[dict[str, float]]) -> None:
+    def __init__(self, folder: Path, step: int) -> None:
+        """step: where the run begins or continues; curves beyond it, of a killed run, are dropped."""
         self.writer: Any = None
-        if importlib.util.find_spec("tensorboard") is None:
-            return
-        self.writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(str(folder))
-        for record in records:
-            self.add(record)
+        if importlib.util.find_spec("tensorboard") is not None:
+            writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
+            self.writer = writer(str(folder), purge_step=step + 1)
 
     def add(self, record: dict[str, float]) -> None:
         if self.writer is not None:
             for name, value in record.items():
                 self.writer.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        """Without it the last minutes stay in memory."""
+        if self.writer is not None:
+            self.writer.close()

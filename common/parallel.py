@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from common.errors import UserError, data_error
+from common.errors import UserError, config_error, data_error
 
 Item = TypeVar("Item")
 LOST_PROCESS = re.compile("closed by peer|reset by peer|broken pipe|remote process exited|timed out", re.IGNORECASE)
@@ -29,7 +29,13 @@ def process_group(deterministic: bool) -> Iterator[torch.device]:
     torch.backends.cudnn.benchmark = not deterministic
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ else 0)
+        local_rank = int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ else 0
+        if local_rank >= torch.cuda.device_count():
+            raise config_error(
+                f"torchrun --nproc-per-node: process {local_rank + 1} on a machine of {torch.cuda.device_count()} GPUs; "
+                "start at most one process per GPU"
+            )
+        torch.cuda.set_device(local_rank)
     if "RANK" in os.environ:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     else:
@@ -49,6 +55,11 @@ def process_group(deterministic: bool) -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
+def met_by_all(error: UserError) -> UserError:
+    """An error that every rank of the group meets at this very place, worded on the first rank only."""
+    return error if dist.get_rank() == 0 else UserError(error.exit_code, [])
+
+
 def all_ranks_do(work: Callable[[], Item]) -> Item:
     """Let every rank work and give each its result; a user error on any rank ends them all, each line printed once."""
     result: list[Item] = []
@@ -60,7 +71,7 @@ def all_ranks_do(work: Callable[[], Item]) -> Item:
     errors = [found for found in gather_objects(error) if found is not None]
     if errors:
         problems = list(dict.fromkeys(problem for found in errors for problem in found.problems))
-        raise UserError(errors[0].exit_code, problems if dist.get_rank() == 0 else [])
+        raise met_by_all(UserError(errors[0].exit_code, problems))
     return result[0]
 
 

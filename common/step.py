@@ -6,7 +6,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from common.errors import data_error
-from common.parallel import average_gradients, sum_over_ranks
+from common.parallel import average_gradients, met_by_all, sum_over_ranks
 
 
 class RunningStatistics:
@@ -53,7 +53,7 @@ def guarded_update(model: nn.Module, optimizer: Optimizer, scaler: GradScaler, m
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_gradient_norm)
     if not torch.isfinite(norm) and not (scaler.is_enabled() and scaler.get_scale() > 1):
-        raise data_error(f"train: the gradient norm is {norm.item()}; lower the learning rates")
+        raise met_by_all(data_error(f"train: the gradient norm is {norm.item()}; lower the learning rates"))
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)

@@ -83,7 +83,10 @@ class Volume(abc.ABC):
         """One box as a new contiguous array [z, y, x] in native byte order; it must lie inside the volume."""
         inside = all(c >= 0 and s >= 1 and c + s <= n for c, s, n in zip(corner, size, self.shape, strict=True))
         assert inside, f"Expected a box inside {self.shape}, got corner {corner} and size {size}"
-        return self._read(corner, size)
+        try:
+            return self._read(corner, size)
+        except OSError as error:
+            raise data_error(f"{self.path}: cannot be read ({error.strerror}); is the disk still there?") from error
 
     @abc.abstractmethod
     def _read(self, corner: Box, size: Box) -> npt.NDArray[Any]: ...
@@ -145,12 +148,15 @@ def open_volume(path: Path) -> Volume:
     """
     if not path.exists():
         raise config_error(f"{path}: no such file or folder (expected {KNOWN_KINDS})")
-    if path.is_dir():
-        return open_slice_folder(path)
-    if path.suffix.lower() == ".npy":
-        return open_npy(path)
-    if path.suffix.lower() in MRC_SUFFIXES:
-        return open_mrc(path)
+    try:
+        if path.is_dir():
+            return open_slice_folder(path)
+        if path.suffix.lower() == ".npy":
+            return open_npy(path)
+        if path.suffix.lower() in MRC_SUFFIXES:
+            return open_mrc(path)
+    except OSError as error:
+        raise data_error(f"{path}: cannot be read ({error.strerror}); check its rights and its disk") from error
     remedy = "unpack it first" if path.suffix.lower() == ".gz" else "convert it first"
     raise config_error(f"{path}: unknown kind of volume '{path.suffix}' (expected {KNOWN_KINDS}): {remedy}")
 

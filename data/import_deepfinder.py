@@ -22,7 +22,7 @@ import pandas as pd
 from common.command import ScriptParser
 from common.errors import data_error, run_script
 from common.files import write_atomically, write_text
-from data.relabelled import relabelled_row
+from data.phantoms.relabelled import relabelled_row
 
 ASSUMED_SPACING_ANGSTROM = 10.0
 HELD_OUT_FOLDS = {8: 0, 9: 1}  # tomogram -> fold

@@ -8,6 +8,7 @@ import scipy.ndimage
 
 from common.metrics.detection import DetectionCurve, ScoredTomogram, best_threshold
 from common.streams import random_for
+from motor_detection.peaks import apart
 from motor_detection.tomograms import Tomogram, load_bytes
 
 Array = npt.NDArray[np.float64]
@@ -69,15 +70,8 @@ def strongest(
     is_peak = (response == scipy.ndimage.maximum_filter(response, 3)) & (response > 0)
     cells = np.argwhere(is_peak)
     scores = response[is_peak].astype(np.float64)
-    order = np.argsort(-scores, kind="stable")
     points = ((cells + 0.5) * binning - 0.5).astype(np.float64)
-    kept: list[int] = []
-    for number in order:
-        distances = np.linalg.norm((points[kept] - points[number]) * spacing, axis=1)
-        if (distances >= min_distance_angstrom).all():
-            kept.append(int(number))
-        if len(kept) == max_picks:
-            break
+    kept = apart(points * spacing, scores, min_distance_angstrom, max_picks)
     return points[kept].reshape(-1, 3), scores[kept]
 
 

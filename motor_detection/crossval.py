@@ -1,12 +1,13 @@
-"""Pool the folds of a cross-validation: every tomogram is scored by a run that never saw it.
+"""Pool the folds of a cross-validation: every tomogram is scored by weights that it had no part in.
 
 python motor_detection/crossval.py RUN_OF_FOLD_0 RUN_OF_FOLD_1 RUN_OF_FOLD_2 RUN_OF_FOLD_3
 python motor_detection/crossval.py RUN RUN RUN RUN inference.flips=true evaluation.task=every_motor
 
 Give the folders of runs that differ in data.validation_fold alone (and train.seed), trained with data.test_fold=-1.
-Each run picks motors in its own validation fold; each fold is judged at the threshold chosen on the other folds' picks,
-so no threshold is chosen on what it is reported on. Prints the pooled F-beta with its bootstrap interval and writes
-crossval.json and picks_out_of_fold.csv into --output.
+Each run picks motors in its own validation fold, with its last averaged weights: the best ones were chosen on that
+fold. Each fold is judged at the threshold chosen on the other folds' picks, so no threshold is chosen on what it is
+reported on. Prints the pooled F-beta with its bootstrap interval, a blob picker chosen in the same way and chance
+beside it, and writes crossval.json and picks_out_of_fold.csv into --output.
 """
 
 import sys
@@ -25,10 +26,18 @@ from common.config import as_yaml, configure
 from common.errors import config_error, run_script
 from common.files import write_text
 from common.memory import keep_freed_memory
-from common.metrics.intervals import f_beta_interval
 from motor_detection.config import KAGGLE, Config
-from motor_detection.evaluation import Picked, cross_fitted, pick_fold
-from motor_detection.inference import inference_device, load_model, working_copy
+from motor_detection.evaluation import (
+    Picked,
+    blobs_of,
+    chance,
+    cross_fitted,
+    cross_fitted_blobs,
+    interval_of,
+    middle,
+    pick_fold,
+)
+from motor_detection.inference import check_unseen, inference_device, load_model, working_copy
 from motor_detection.model_defs.motoridentifier import MotorIdentifier
 from motor_detection.pick_files import write_picks_csv
 from motor_detection.places import (
@@ -46,7 +55,7 @@ def load_members(runs: list[Path], files: list[Path], changes: list[str], device
     """Every run's weights and config, with the caller's changes of inference and evaluation."""
     members = []
     for run in runs:
-        model, trained = load_model(run / "checkpoints" / "best.pt", device)
+        model, trained = load_model(run / "checkpoints" / "last.pt", device)
         config = configure(trained, files, changes)
         if training_identity(config) != training_identity(trained):
             raise config_error("section.name=value: only inference and evaluation can be changed after training")
@@ -82,14 +91,32 @@ def lines_but_fold(config: Config) -> list[str]:
     return training_identity(same).splitlines()
 
 
-def pick_own_fold(model: MotorIdentifier, config: Config, device: torch.device) -> list[Picked]:
+def pick_own_fold(model: MotorIdentifier, config: Config, run: Path, device: torch.device) -> list[Picked]:
     """A run's picks in its own validation fold."""
     number = config.data.validation_fold
     labelled, paths = read_tomograms(resolve_data(config), True)
     fold = tomograms_of_fold(labelled, number, "data.validation_fold")
     check_has_motors(fold, number, "data.validation_fold")
+    check_unseen(run / "checkpoints" / "last.pt", ("train",), fold)
     models = [working_copy(model, config.inference.precision)]
     return pick_fold(fold, paths, models, config, device, f"picking fold {number}")
+
+
+def judge_pooled(picked: list[list[Picked]], config: Config) -> dict[str, float | int | None]:
+    """The flat figures of crossval.json; null where too few tomograms give an interval."""
+    settings = config.evaluation
+    name = f"f{settings.beta:g}"
+    counts, threshold = cross_fitted([[one.scored for one in fold] for fold in picked], settings)
+    blobs = cross_fitted_blobs([blobs_of(fold, config) for fold in picked], settings)
+    ours, theirs = interval_of(counts, settings), interval_of(blobs, settings)
+    everyone = [one for fold in picked for one in fold]
+    figures: dict[str, float | int] = {
+        name: ours.estimate, f"{name}_low": ours.low, f"{name}_high": ours.high, "n": len(counts),
+        "folds": len(picked), "mean_threshold": threshold, f"baseline_{name}": theirs.estimate,
+        f"baseline_{name}_low": theirs.low, f"baseline_{name}_high": theirs.high,
+        f"chance_{name}": chance(everyone, settings), f"middle_{name}": middle(everyone, settings),
+    }  # fmt: skip
+    return {key: None if value != value else value for key, value in figures.items()}
 
 
 def main(arguments: list[str]) -> int:
@@ -106,19 +133,36 @@ def main(arguments: list[str]) -> int:
         print(as_yaml(members[0][1]), end="")
         return 0
     check_members([config for _, config in members], runs)
-    settings = members[0][1].evaluation
-    picked = [pick_own_fold(model, config, device) for model, config in members]
-    counts, threshold = cross_fitted([[one.scored for one in fold] for fold in picked], settings)
-    pooled = f_beta_interval(counts, settings.beta, settings.bootstrap_resamples, settings.confidence, settings.seed)
-    name = f"f{settings.beta:g}"
-    figures = {name: pooled.estimate, f"{name}_low": pooled.low, f"{name}_high": pooled.high,
-               "n": len(counts), "folds": len(picked), "mean_threshold": threshold}  # fmt: skip
+    picked = [pick_own_fold(model, config, run, device) for (model, config), run in zip(members, runs, strict=True)]
+    figures = judge_pooled(picked, members[0][1])
     write_text(flags.output / "crossval.json", json.dumps(figures, indent=2) + "\n")
     write_picks_csv(flags.output / "picks_out_of_fold.csv", [one.picks for fold in picked for one in fold])
-    print(f"out-of-fold {name.upper()} {pooled.estimate:.3f} ({settings.confidence:.0%} interval {pooled.low:.3f} to "
-          f"{pooled.high:.3f}, n = {len(counts)} tomograms in {len(picked)} folds, threshold {threshold:.3f})")  # fmt: skip
+    print(summary(figures, members[0][1]))
     print(flags.output / "crossval.json", flags.output / "picks_out_of_fold.csv", sep="\n")
     return 0
+
+
+def summary(figures: dict[str, float | int | None], config: Config) -> str:
+    """The few lines that matter."""
+    name = f"f{config.evaluation.beta:g}"
+
+    def interval(key: str) -> str:
+        if figures[f"{key}_low"] is None:
+            return "too few tomograms for an interval"
+        return (
+            f"{config.evaluation.confidence:.0%} interval {figures[f'{key}_low']:.3f} to {figures[f'{key}_high']:.3f}"
+        )
+
+    return "\n".join(
+        [
+            f"out-of-fold {name.upper()} {figures[name]:.3f} ({interval(name)}, n = {figures['n']} tomograms in "
+            f"{figures['folds']} folds, mean threshold {figures['mean_threshold']:.3f})",
+            f"baseline {name.upper()} {figures[f'baseline_{name}']:.3f} ({interval(f'baseline_{name}')}): "
+            "Laplacian of Gaussian, chosen on the other folds",
+            f"chance {name.upper()} {figures[f'chance_{name}']:.3f}: random points; "
+            f"{figures[f'middle_{name}']:.3f}: always the middle",
+        ]
+    )
 
 
 if __name__ == "__main__":

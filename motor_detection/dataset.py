@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -35,12 +36,13 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Patches:
-    """The patch files of one run, the most motors that any of them can hold, and a digest of files and labels."""
+    """The patch files of one run, and what a checkpoint must remember of them."""
 
     train: list[Path]
     validation: list[Path]
-    max_motors: int
-    digest: str
+    max_motors: int  # the most that any of them can hold
+    tomograms: list[str]  # "train TOMO_ID" and "validation TOMO_ID"
+    digest: str  # of roles, labels and files: changes with whatever training reads
 
 
 def choose_patches(config: Config, folder: Path, tomograms: list[LabelledTomogram]) -> tuple[Patches, list[str]]:
@@ -65,11 +67,15 @@ def choose_patches(config: Config, folder: Path, tomograms: list[LabelledTomogra
         raise data_error(
             f"data.patches: no validation patch in {folder} holds a motor; convert with convert.single above 0"
         )
-    names = [f"{tomogram.tomo_id} {label_digest(tomogram)}" for tomogram in (*train, *validation)]
-    names += [f"{path.parent.name}/{path.name}" for files in chosen for path in files]
-    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
+    roles = {"train": (train, chosen[0]), "validation": (validation, chosen[1])}
+    names = [f"{role} {tomogram.tomo_id}" for role, (members, _) in roles.items() for tomogram in members]
+    content = [
+        [role, [(t.tomo_id, label_digest(t)) for t in members], [f"{path.parent.name}/{path.name}" for path in files]]
+        for role, (members, files) in roles.items()
+    ]
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     most = max(1, max(len(tomogram.motors) for tomogram in tomograms))
-    return Patches(chosen[0], chosen[1], most, digest), warnings
+    return Patches(chosen[0], chosen[1], most, names, digest), warnings
 
 
 def check_settings(folder: Path, settings: ConvertSettings) -> None:

@@ -25,9 +25,9 @@ from common.logbook import read_metrics
 from common.memory import keep_freed_memory
 from common.report import Section, write_report
 from motor_detection.config import PRESETS, Config
-from motor_detection.evaluation import Blobs, Picked, curve_of, evaluate, pick_blobs, pick_fold
+from motor_detection.evaluation import Blobs, Picked, blobs_of, choose_blobs, curve_of, evaluate, pick_fold
 from motor_detection.figures import draw_learning_curve, draw_picks, draw_precision_recall, view_of
-from motor_detection.inference import inference_device, load_model, rounding_cost, working_copy
+from motor_detection.inference import check_unseen, inference_device, load_model, rounding_cost, working_copy
 from motor_detection.labels import LabelledTomogram
 from motor_detection.model_defs.motoridentifier import MotorIdentifier
 from motor_detection.pick_files import write_picks_csv
@@ -75,12 +75,17 @@ def measure(config: Config, folder: Path) -> dict[str, float | int | str]:
     model = load_run(config, folder, device)
     labelled, paths = read_tomograms(resolve_data(config), True)
     folds = folds_to_pick(config, labelled)
+    best = folder / "checkpoints" / "best.pt"
+    check_unseen(best, ("train",), folds["validation"])
+    check_unseen(best, ("train", "validation"), folds["test"])
     tell_rounding(model, folds["validation"][0], paths, config, device)
     models = [working_copy(model, config.inference.precision)]
     picked = {name: pick_fold(fold, paths, models, config, device, f"picking {name}") for name, fold in folds.items()}
     for name, fold in picked.items():
         write_picks_csv(folder / "results" / f"picks_{name}.csv", [one.picks for one in fold])
-    blobs = pick_blobs(picked["validation"], picked["test"], config)
+    everyone = blobs_of([*picked["validation"], *picked["test"]], config)
+    split = len(picked["validation"])
+    blobs = choose_blobs(everyone[:split], everyone[split:], config.evaluation)
     figures = evaluate(picked["validation"], picked["test"], blobs, config.evaluation)
     valid = {name: None if value != value else value for name, value in figures.items()}  # JSON knows no NaN
     write_text(folder / "results" / "metrics.json", json.dumps(valid, indent=2) + "\n")

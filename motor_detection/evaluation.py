@@ -32,6 +32,7 @@ from motor_detection.pick_files import TomogramPicks
 from motor_detection.tomograms import Tomogram, open_tomogram, spacing_warnings
 
 CHANCE_DRAWS = 100
+BlobPicks = dict[Variant, ScoredTomogram]
 BLOB_THREADS = 2  # each holds a tomogram
 FEWEST_FOR_INTERVAL = 5  # tomograms; resampling fewer says nothing about others
 Counts = npt.NDArray[np.int64]
@@ -87,20 +88,23 @@ def pick_fold(
     return picked
 
 
-def pick_blobs(validation: list[Picked], test: list[Picked], config: Config) -> Blobs:
-    """The blob picker on the same tomograms: sigma, polarity and threshold are chosen on validation, as ours is."""
+def blobs_of(picked: list[Picked], config: Config) -> list[BlobPicks]:
+    """What the blob picker finds in the same tomograms, for every sigma and polarity."""
     settings, inference = config.evaluation, config.inference
-    everyone = [*validation, *test]
 
-    def pick(one: Picked) -> dict[Variant, ScoredTomogram]:
+    def pick(one: Picked) -> BlobPicks:
         sigmas, distance = settings.blob_sigmas_angstrom, inference.min_distance_angstrom
         return blob_picks(one.tomogram, one.scored.truths, sigmas, distance, inference.max_picks)
 
     with ThreadPoolExecutor(BLOB_THREADS) as pool:  # scipy's filters let other threads run
-        found = list(progress(pool.map(pick, everyone), "picking blobs", len(everyone), True))
-    variant, threshold = best_variant(found[: len(validation)], lambda chosen: curve_of(chosen, settings))
+        return list(progress(pool.map(pick, picked), "picking blobs", len(picked), True))
+
+
+def choose_blobs(validation: list[BlobPicks], test: list[BlobPicks], settings: Evaluation) -> Blobs:
+    """The blob picker with sigma, polarity and threshold chosen on validation, as ours is."""
+    variant, threshold = best_variant(validation, lambda chosen: curve_of(chosen, settings))
     words = f"Laplacian of Gaussian, {variant_in_words(variant)}"
-    return Blobs(words, threshold, [blobs[variant] for blobs in found[len(validation) :]])
+    return Blobs(words, threshold, [blobs[variant] for blobs in test])
 
 
 def curve_of(tomograms: list[ScoredTomogram], settings: Evaluation) -> DetectionCurve:
@@ -120,10 +124,13 @@ def counts_of(tomograms: list[ScoredTomogram], threshold: float, settings: Evalu
 def judge(tomograms: list[ScoredTomogram], threshold: float, settings: Evaluation) -> Verdict:
     """F-beta at a threshold that was chosen elsewhere, with its bootstrap interval over tomograms."""
     counts = counts_of(tomograms, threshold, settings)
+    return Verdict(interval_of(counts, settings), counts, threshold)
+
+
+def interval_of(counts: Counts, settings: Evaluation) -> Interval:
+    """F-beta of counts (n, 3) and its bootstrap interval over tomograms, NaN where there are too few."""
     interval = f_beta_interval(counts, settings.beta, settings.bootstrap_resamples, settings.confidence, settings.seed)
-    if len(counts) < FEWEST_FOR_INTERVAL:
-        interval = Interval(interval.estimate, math.nan, math.nan)
-    return Verdict(interval, counts, threshold)
+    return interval if len(counts) >= FEWEST_FOR_INTERVAL else Interval(interval.estimate, math.nan, math.nan)
 
 
 def choose_threshold(tomograms: list[ScoredTomogram], settings: Evaluation) -> float:
@@ -131,7 +138,7 @@ def choose_threshold(tomograms: list[ScoredTomogram], settings: Evaluation) -> f
 
 
 def cross_fitted(groups: list[list[ScoredTomogram]], settings: Evaluation) -> tuple[Counts, float]:
-    """Counts of all tomograms, each at the threshold chosen on the other groups; and the mean of those thresholds."""
+    """Counts (n, 3) of all tomograms, each at the threshold chosen on the other groups; and those thresholds' mean."""
     counts, thresholds = [], []
     for number, group in enumerate(groups):
         others = [tomogram for k, other in enumerate(groups) if k != number for tomogram in other]
@@ -161,6 +168,16 @@ def middle(test: list[Picked], settings: Evaluation) -> float:
 
 def f_beta_at(tomograms: list[ScoredTomogram], threshold: float, settings: Evaluation) -> float:
     return float(f_beta_of_counts(counts_of(tomograms, threshold, settings).sum(0), settings.beta))
+
+
+def cross_fitted_blobs(groups: list[list[BlobPicks]], settings: Evaluation) -> Counts:
+    """Counts (n, 3) of the blob picker, chosen for each group on the others."""
+    counts = []
+    for number, group in enumerate(groups):
+        others = [blobs for k, other in enumerate(groups) if k != number for blobs in other]
+        chosen = choose_blobs(others, group, settings)
+        counts.append(counts_of(chosen.test, chosen.threshold, settings))
+    return np.concatenate(counts)
 
 
 def evaluate(

@@ -92,6 +92,7 @@ def draw_picks(shown: list[PickView], tolerance_angstrom: float, path: Path) -> 
             length = SCALE_BAR_ANGSTROM / view.spacing_angstrom[2]
             panel.plot([0.05 * edge, 0.05 * edge + length], [0.94 * height] * 2, color="white", lw=2.5)
             panel.set(xticks=[], yticks=[], xlim=(-0.5, edge - 0.5), ylim=(height - 0.5, -0.5))
+            panel.set_anchor("N")  # titles in one line, whatever the heights
         axes[0][column].set_title(view.title, fontsize=8)
     axes[0][0].set_ylabel("from above", fontsize=8)
     axes[1][0].set_ylabel("from the side", fontsize=8)

@@ -21,6 +21,7 @@ from common.errors import config_error, data_error
 from common.tiling import Box, Triple, balanced_tile, exact_tiles, output_shape, run_blended, run_exactly
 from motor_detection.config import KAGGLE, Config
 from motor_detection.intensity import Intensity, measure_intensity, to_bytes
+from motor_detection.labels import LabelledTomogram
 from motor_detection.model_defs.motoridentifier import MotorIdentifier
 from motor_detection.peaks import Peaks, find_peaks
 from motor_detection.tomograms import Tomogram
@@ -65,6 +66,17 @@ def load_model(path: Path, device: torch.device) -> tuple[MotorIdentifier, Confi
             f"{path}: holds weights that are not finite; the run diverged, train with lower learning rates"
         )
     return model.eval().to(device, memory_format=torch.channels_last_3d), config  # type: ignore[call-overload]
+
+
+def check_unseen(path: Path, roles: tuple[str, ...], tomograms: list[LabelledTomogram]) -> None:
+    """Refuse to judge a checkpoint on tomograms that it was trained or validated on (roles), as after edited folds."""
+    saved = load_checkpoint(path, KIND, {"tomograms": list})["tomograms"]
+    seen = [t.tomo_id for t in tomograms if any(f"{role} {t.tomo_id}" in saved for role in roles)]
+    if seen:
+        raise data_error(
+            f"{path}: {len(seen)} of {len(tomograms)} tomograms to judge it on were among those for {' or '.join(roles)} "
+            f"({', '.join(seen[:3])}): the table's folds have changed since; train again, or restore the table"
+        )
 
 
 def inference_device() -> torch.device:

@@ -59,7 +59,8 @@ def find_peaks(
     positions, scores = _fit(padded, cells, width)
     inside = np.clip(positions - PADDING, -0.5, np.array(heat.shape) - 0.5)  # without the padding
     points = (inside + 0.5) * stride - 0.5
-    kept = _apart(points * spacing_angstrom, scores, min_distance_angstrom, min_score)[:max_picks]
+    high = np.flatnonzero(scores >= min_score)
+    kept = high[apart(points[high] * spacing_angstrom, scores[high], min_distance_angstrom, max_picks)]
     return Peaks(points[kept], scores[kept])
 
 
@@ -147,11 +148,16 @@ def _fit_one(
     return start + offset, float(np.clip(height, 0.0, 1.0))
 
 
-def _apart(points_angstrom: Array, scores: Array, min_distance_angstrom: float, min_score: float) -> list[int]:
-    """Indices of picks, best first, without those closer than the distance to a better one."""
+def apart(points_angstrom: Array, scores: Array, min_distance_angstrom: float, max_picks: int) -> list[int]:
+    """Indices of at most max_picks picks, best first, without those closer than the distance to a better one.
+
+    points_angstrom (n, 3), scores (n,).
+    """
     kept: list[int] = []
     for number in np.argsort(-scores, kind="stable"):
+        if len(kept) == max_picks:
+            break
         distances = np.linalg.norm(points_angstrom[kept] - points_angstrom[number], axis=1)
-        if scores[number] >= min_score and (distances >= min_distance_angstrom).all():
+        if (distances >= min_distance_angstrom).all():
             kept.append(int(number))
     return kept

@@ -19,6 +19,7 @@ from common.errors import UserError, config_error, data_error
 from common.files import read_text, write_text
 
 TOMO_ID = re.compile(r"[A-Za-z0-9][^\s/\\,\"'#]*")  # safe as a CSV cell, a STAR token and a folder name
+RESERVED = ("data_", "loop_", "save_", "global_", "stop_")  # words of the STAR format, in any case
 OUTSIDE_TOLERANCE_VOXEL = 1e-3  # what a conversion may add to a position on the very edge
 AXES = ("z", "y", "x")
 PICKS_COLUMNS = (
@@ -67,8 +68,11 @@ class TomogramPicks:
 
     def _problems(self) -> list[str]:
         problems = []
-        if not TOMO_ID.fullmatch(self.tomo_id):
-            problems.append("a tomogram's name must start with a letter or digit and hold no space, quote, comma or /")
+        if not can_be_written(self.tomo_id):
+            problems.append(
+                "a tomogram's name must start with a letter or digit and hold no space, quote, comma or /; "
+                f"{', '.join(RESERVED)} are words of the STAR format"
+            )
         if not all(size >= 1 for size in self.shape):
             problems.append(f"expected a shape (z, y, x) of at least one voxel, got {self.shape}")
         if not all(np.isfinite(spacing) and spacing > 0 for spacing in self.spacing_angstrom):
@@ -83,6 +87,12 @@ class TomogramPicks:
             first = self.points[~inside.all(axis=1)][0].tolist()
             problems.append(f"point {first} (z, y, x) lies outside {self.shape}: is the axis order or spacing wrong?")
         return problems
+
+
+def can_be_written(tomo_id: str) -> bool:
+    """Whether a tomogram's name can stand in every format: text without spaces and quotes, no word of the STAR format."""
+    is_text = tomo_id.isprintable() and all(not "\ud800" <= letter <= "\udfff" for letter in tomo_id)
+    return TOMO_ID.fullmatch(tomo_id) is not None and not tomo_id.lower().startswith(RESERVED) and is_text
 
 
 def grids_of(picks: list[TomogramPicks]) -> dict[str, VolumeGrid]:

@@ -44,7 +44,7 @@ def same_cut(recorded: str, settings: str) -> bool:
     """Whether two texts of ConvertSettings cut the same patches; their heat maps may differ."""
     try:
         one, other = yaml.safe_load(recorded), yaml.safe_load(settings)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         return False
     names = ("convert", "voxel_spacing_angstrom")
     return isinstance(one, dict) and all(name in one and one[name] == other[name] for name in names)

@@ -21,13 +21,15 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import shutil
 
 import torch
 
-from common.command import change_parser, split_changes
+from common.command import ScriptParser, change_parser, split_changes
 from common.config import as_yaml, configure
 from common.errors import BAD_DATA, UserError, config_error, data_error, run_script
 from common.files import read_text, write_text
+from common.lock import exclusive
 from common.logbook import progress
 from common.memory import keep_freed_memory
 from common.volumes import FILE_SUFFIXES, SLICE_SUFFIXES
@@ -43,11 +45,16 @@ from motor_detection.inference import (
     working_copy,
 )
 from motor_detection.model_defs.motoridentifier import MotorIdentifier
-from motor_detection.pick_files import TOMO_ID, TomogramPicks, read_picks_csv, write_picks_csv, write_submission_csv
+from motor_detection.pick_files import (
+    TomogramPicks,
+    can_be_written,
+    read_picks_csv,
+    write_picks_csv,
+    write_submission_csv,
+)
+from motor_detection.places import training_identity
 from motor_detection.star_files import write_relion_star
 from motor_detection.tomograms import Tomogram, open_tomogram, spacing_warnings, tomogram_name
-
-RESERVED = ("data_", "loop_", "save_", "global_", "stop_")  # words of the STAR format
 
 
 def find_inputs(paths: list[Path]) -> list[Path]:
@@ -56,7 +63,7 @@ def find_inputs(paths: list[Path]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise config_error(f"--input {path}: no such file or folder")
-        inside = sorted(path.iterdir()) if path.is_dir() else []
+        inside = sorted(p for p in path.iterdir() if not p.name.startswith(".")) if path.is_dir() else []
         if path.is_dir() and not any(p.suffix.lower() in SLICE_SUFFIXES for p in inside):
             volumes = [p for p in inside if p.suffix.lower() in FILE_SUFFIXES or holds_slices(p)]
             if not volumes:
@@ -67,7 +74,7 @@ def find_inputs(paths: list[Path]) -> list[Path]:
         else:
             found.append(path)
     names = [tomogram_name(path) for path in found]
-    unfit = [name for name in names if not TOMO_ID.fullmatch(name) or name.startswith(RESERVED) or not is_text(name)]
+    unfit = [name for name in names if not can_be_written(name)]
     if unfit:
         raise config_error(
             f"--input: {', '.join(map(ascii, unfit[:5]))} cannot be a name in STAR and CSV files; rename without spaces"
@@ -76,11 +83,6 @@ def find_inputs(paths: list[Path]) -> list[Path]:
     if twice:
         raise config_error(f"--input: {', '.join(twice[:5])} would be written twice; rename one or give other inputs")
     return found
-
-
-def is_text(name: str) -> bool:
-    """Names of files may hold bytes that are no UTF-8; tables cannot."""
-    return name.isprintable() and all(not "\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def holds_slices(path: Path) -> bool:
@@ -94,8 +96,11 @@ def load_ensemble(checkpoints: list[Path], flags: argparse.Namespace) -> tuple[l
     check_same_grid([config for _, config in loaded], checkpoints)
     trained = dataclasses.replace(loaded[0][1], data=dataclasses.replace(loaded[0][1].data, voxel_spacing_angstrom=0.0))
     config = configure(trained, flags.config, flags.changes)
-    if config.model != loaded[0][1].model:
-        raise config_error("model: comes from the checkpoint and cannot be changed here")
+    same = dataclasses.replace(config, data=trained.data)  # the spacing of the input may be given
+    if training_identity(same) != training_identity(trained):
+        raise config_error(
+            "section.name=value: after training only inference and data.voxel_spacing_angstrom can change"
+        )
     return [model for model, _ in loaded], config
 
 
@@ -109,9 +114,11 @@ def predict(
     told = config.inference.precision == "float32"
     for path in progress(paths, "picking", len(paths), True):
         finished = output / "tomograms" / f"{tomogram_name(path)}.csv"
-        source, origin = finished.with_suffix(".source"), f"{path.resolve()} {path.stat().st_mtime_ns}\n"
+        source, origin = finished.with_suffix(".source"), f"{ascii(str(path.resolve()))} {path.stat().st_mtime_ns}\n"
         if finished.exists() and source.exists() and source.read_bytes() == origin.encode():
             continue
+        for old in (source, finished):  # of a tomogram that has changed, or of the same name from elsewhere
+            old.unlink(missing_ok=True)
         try:
             tomogram = open_tomogram(path, None, config.data.voxel_spacing_angstrom)
             for warning in spacing_warnings(tomogram):
@@ -121,7 +128,6 @@ def predict(
                 print(f"{config.inference.precision} changes scores by at most {cost:.4f} (crop of {tomogram.tomo_id})")
                 told = True
             found = picks_of(tomogram, working, config, device)
-            source.unlink(missing_ok=True)  # a tomogram of the same name from elsewhere is picked anew
             write_picks_csv(finished, [found])
             write_text(source, origin)
         except UserError as error:
@@ -139,13 +145,20 @@ def picks_of(tomogram: Tomogram, models: list[MotorIdentifier], config: Config, 
     return TomogramPicks(tomogram.tomo_id, shape, spacing, peaks.points, peaks.scores)
 
 
-def write_all(picks: list[TomogramPicks], output: Path, threshold: float, style: str) -> list[Path]:
-    """Every format; submission.csv alone uses the threshold, the others hold every pick with its score."""
+def write_all(
+    picks: list[TomogramPicks], output: Path, threshold: float, tilt_series_pixel: float | None
+) -> list[Path]:
+    """Every format; submission.csv alone uses the threshold, the others hold every pick with its score.
+
+    tilt_series_pixel: angstrom, of RELION 4's coordinates; None writes RELION 5's, which need none.
+    """
     names = ("picks.csv", "submission.csv", "picks.star", "picks.tbl", "picks.doc", "copick")
     write_picks_csv(output / "picks.csv", picks)
     write_submission_csv(output / "submission.csv", picks, threshold)
-    pixel = {one.tomo_id: one.spacing_angstrom[2] for one in picks} if style == "relion4" else {}
-    write_relion_star(output / "picks.star", picks, "relion4" if style == "relion4" else "relion5", pixel)
+    if tilt_series_pixel is None:
+        write_relion_star(output / "picks.star", picks, "relion5", {})
+    else:
+        write_relion_star(output / "picks.star", picks, "relion4", {one.tomo_id: tilt_series_pixel for one in picks})
     write_dynamo_table(output / "picks.tbl", picks)
     write_copick_json(output / "copick", picks, "flagellar-motor", "plainscope", "1")
     return [output / name for name in names]
@@ -178,31 +191,48 @@ def claim_output(output: Path, config: Config, checkpoints: list[Path]) -> None:
     write_text(recorded, text)
 
 
-def main(arguments: list[str]) -> int:
+def flag_parser() -> ScriptParser:
+    """The command line of this script."""
     parser = change_parser(__doc__ or "", "the full-size preset; a checkpoint brings its own", KAGGLE)
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        action="append",
-        required=True,
-        metavar="FILE.pt",
-        help="best.pt of a run; repeat for an ensemble",
-    )
+    parser.add_argument("--checkpoint", type=Path, action="append", required=True, metavar="FILE.pt",
+                        help="best.pt of a run; repeat for an ensemble")  # fmt: skip
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="tomograms, or folders of them")
     parser.add_argument("--output", type=Path, default=Path("inference_results"), metavar="FOLDER")
+    parser.add_argument("--threshold", type=float,
+                        help="of submission.csv (default: what eval.py chose for the checkpoint's run, or 0.5)")  # fmt: skip
+    parser.add_argument("--star", choices=("relion4", "relion5"), default="relion5",
+                        help="STAR coordinates: unbinned pixels of the tilt series, or centred Å")  # fmt: skip
     parser.add_argument(
-        "--threshold",
-        type=float,
-        help="of submission.csv (default: what eval.py chose for the checkpoint's run, or 0.5)",
-    )
-    parser.add_argument(
-        "--star", choices=("relion4", "relion5"), default="relion5", help="STAR coordinates: voxels, or centred Å"
+        "--tilt-series-pixel", type=float, metavar="Å", help="of the unbinned images; for --star relion4"
     )
     parser.add_argument("--fresh", action="store_true", help="pick finished tomograms again")
-    flags = parser.parse_intermixed_args(arguments)
-    threshold = flags.threshold if flags.threshold is not None else usual_threshold(flags.checkpoint)
-    if not 0 < threshold <= 1:
-        raise config_error(f"--threshold {threshold}: expected a score in (0, 1]")
+    return parser
+
+
+def check_flags(flags: argparse.Namespace) -> None:
+    """What argparse cannot know."""
+    if flags.threshold is not None and not 0 < flags.threshold <= 1:
+        raise config_error(f"--threshold {flags.threshold}: expected a score in (0, 1]")
+    if (flags.star == "relion4") != (flags.tilt_series_pixel is not None):
+        raise config_error("--star relion4 and --tilt-series-pixel: expected both or none (Å per unbinned pixel)")
+    if flags.tilt_series_pixel is not None and not 0.1 <= flags.tilt_series_pixel <= 1000:
+        raise config_error(f"--tilt-series-pixel {flags.tilt_series_pixel}: expected 0.1 to 1000 Å")
+
+
+def forget(output: Path) -> None:
+    """Delete what earlier calls have finished in an output folder."""
+    for old in [
+        *(output / "tomograms").glob("*.csv"),
+        *(output / "tomograms").glob("*.source"),
+        output / "config.yaml",
+    ]:
+        old.unlink(missing_ok=True)
+    shutil.rmtree(output / "copick", ignore_errors=True)
+
+
+def main(arguments: list[str]) -> int:
+    flags = flag_parser().parse_intermixed_args(arguments)
+    check_flags(flags)
     keep_freed_memory()
     changes, inputs = split_changes(flags.input)  # --input takes them too
     flags.changes += changes
@@ -211,16 +241,17 @@ def main(arguments: list[str]) -> int:
     if flags.print_config:
         print(as_yaml(config), end="")
         return 0
-    if flags.fresh:
-        for old in [*(flags.output / "tomograms").glob("*.csv"), flags.output / "config.yaml"]:
-            old.unlink(missing_ok=True)
-    claim_output(flags.output, config, flags.checkpoint)
-    picks, problems = predict(paths, models, config, flags.output)
-    if picks:
-        written = write_all(picks, flags.output, threshold, flags.star)
-        above = sum(int((one.scores >= threshold).sum()) for one in picks)
-        print(f"{above} picks with a score of at least {threshold:.3f} in {len(picks)} tomograms")
-        print("\n".join(map(str, written)))
+    threshold = flags.threshold if flags.threshold is not None else usual_threshold(flags.checkpoint)
+    with exclusive(flags.output):
+        if flags.fresh:
+            forget(flags.output)
+        claim_output(flags.output, config, flags.checkpoint)
+        picks, problems = predict(paths, models, config, flags.output)
+        if picks:
+            written = write_all(picks, flags.output, threshold, flags.tilt_series_pixel)
+            above = sum(int((one.scores >= threshold).sum()) for one in picks)
+            print(f"{above} picks with a score of at least {threshold:.3f} in {len(picks)} tomograms")
+            print("\n".join(map(str, written)))
     return BAD_DATA if problems else 0
 
 

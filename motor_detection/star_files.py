@@ -42,15 +42,13 @@ def write_relion_star(
     pixel less, github.com/3dem/relion/issues/1137); pixel_size_angstrom is not read.
     There is no optics table on purpose: RELION 4 imports the first table of the file, and RELION 5 fills in voltage and
     aberrations from the tomogram set only if that table is absent. Tomograms without picks leave no row.
-    Raises a config error for an unknown style, a missing pixel size or a tomogram name that reads as a STAR keyword.
+    Raises a config error for an unknown style or a missing pixel size.
     """
     check_unique(path, picks)
     if style not in ("relion4", "relion5"):
         raise config_error(f"style: expected relion4 or relion5, got {style!r}")
     rows: list[list[str]] = []
     for tomogram in picks:
-        if tomogram.tomo_id.lower().startswith(("data_", "loop_")):
-            raise config_error(f"{path}: a STAR file cannot hold the tomogram name {tomogram.tomo_id!r}; rename it")
         spacing = np.array(tomogram.spacing_angstrom)
         tail: list[str] = []
         if style == "relion4":

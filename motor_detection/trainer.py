@@ -21,9 +21,10 @@ from torch.utils.data import DataLoader
 
 from common.checkpoint import load_checkpoint, load_weights, save_checkpoint, update_average
 from common.config import as_yaml
-from common.errors import BAD_DATA, UserError, config_error, data_error
+from common.errors import config_error, data_error
+from common.interrupt import StopRequest, ignore_interrupts, stop_on_signal
 from common.logbook import Scalars, progress, write_metrics
-from common.parallel import all_ranks_do, gather_objects, sum_over_ranks
+from common.parallel import all_ranks_do, gather_objects, met_by_all, sum_over_ranks
 from common.schedule import warmup_then_cosine
 from common.step import RunningStatistics, autocast, guarded_update
 from common.streams import micro_batches, seed_dropout
@@ -31,7 +32,7 @@ from motor_detection.augmentation import augmented_batch
 from motor_detection.config import Config, Model
 from motor_detection.dataset import Patches, PatchStream, Sample, next_batch, stack, to_device
 from motor_detection.losses import heatmap_loss
-from motor_detection.model_defs.motoridentifier import MotorIdentifier
+from motor_detection.model_defs.motoridentifier import MotorIdentifier, count_parameters
 from motor_detection.places import training_identity
 from motor_detection.validation import validate
 
@@ -70,6 +71,7 @@ class State:
             "config": as_yaml(config),
             "identity": training_identity(config),
             "patches": patches.digest,
+            "tomograms": patches.tomograms,
             "step": self.step,
             "records": self.records,
             "best": self.best,
@@ -80,7 +82,8 @@ class State:
         }
 
 
-CHECKPOINT = {"identity": str, "patches": str, "step": int, "records": list, "best": float, "weights": dict,
+BEST = ("kind", "config", "identity", "tomograms", "step", "weights", "measured")
+CHECKPOINT = {"identity": str, "patches": str, "tomograms": list, "step": int, "records": list, "best": float, "weights": dict,
               "model": dict, "optimizer": dict, "scaler": dict}  # fmt: skip
 
 
@@ -117,9 +120,17 @@ def resume(state: State, path: Path, config: Config, patches: Patches) -> None:
 
 
 def take_step(
-    state: State, statistics: RunningStatistics, stream: Iterator[Sample], patches: Patches, config: Config
-) -> dict[str, float]:
-    """One optimizer step: accumulate, average over ranks, guard, clip, update; the figures are means over ranks."""
+    state: State,
+    statistics: RunningStatistics,
+    stream: Iterator[Sample],
+    stop: StopRequest,
+    patches: Patches,
+    config: Config,
+) -> tuple[dict[str, float], bool]:
+    """One optimizer step: accumulate, average over ranks, guard, clip, update.
+
+    Returns the figures, which are means over ranks, and whether any rank was asked to stop.
+    """
     train, device = config.train, next(state.model.parameters()).device
     share = warmup_then_cosine(state.step, train.steps, int(train.warmup_share * train.steps), train.floor_share)
     peak = {"backbone": train.learning_rate_backbone, "head": train.learning_rate_head}
@@ -141,29 +152,33 @@ def take_step(
         state.scaler.scale(losses.mean() / rounds).backward()  # type: ignore[no-untyped-call]
         statistics.end_micro_batch()
         seen.append((losses.detach(), batch.index))
-    mean_loss = finite_mean(seen, patches.train)
+    mean_loss, stop_asked = agree_on_step(seen, stop, patches.train)
     statistics.end_step(rounds * dist.get_world_size())
     norm = guarded_update(state.model, state.optimizer, state.scaler, train.max_gradient_norm)
     update_average(state.average, state.model, train.ema_decay, state.step)
     state.step += 1
-    return {"loss": mean_loss, "gradient_norm": norm.item(), "learning_rate_share": share}
+    return {"loss": mean_loss, "gradient_norm": norm.item(), "learning_rate_share": share}, stop_asked
 
 
-def finite_mean(seen: list[tuple[Tensor, Tensor]], files: list[Path]) -> float:
-    """The mean loss of a step over all ranks; a loss that is not a number stops every rank and names the patches."""
+def agree_on_step(seen: list[tuple[Tensor, Tensor]], stop: StopRequest, files: list[Path]) -> tuple[float, bool]:
+    """The mean loss of a step over all ranks, and whether any rank was asked to stop, in one exchange.
+
+    A loss that is not a number stops every rank and names the patches.
+    """
     losses, numbers = (torch.cat(parts) for parts in zip(*seen, strict=True))  # (samples of this rank,)
     bad = ~torch.isfinite(losses)
-    total, num_bad, num_losses = sum_over_ranks(
-        torch.stack([losses.double().sum(), bad.sum().double(), losses.new_tensor(len(losses)).double()])
-    ).tolist()
+    mine = [losses.double().sum(), bad.sum().double(), losses.new_tensor(float(len(losses))).double()]
+    exchanged = torch.stack([*mine, losses.new_tensor(float(stop.asked)).double()])
+    total, num_bad, num_losses, num_asked = sum_over_ranks(exchanged).tolist()
     if num_bad:
         names = [str(files[k]) for part in gather_objects(numbers[bad].tolist()) for k in part]
-        problem = (
-            f"train: the loss is not finite on {', '.join(names)}; look at these patches, or lower the learning rates; "
-            "the last checkpoint is kept"
+        raise met_by_all(
+            data_error(
+                f"train: the loss is not finite on {', '.join(names)}; look at these patches, or lower the learning rates; "
+                "the last checkpoint is kept"
+            )
         )
-        raise UserError(BAD_DATA, [problem] if dist.get_rank() == 0 else [])
-    return float(total / num_losses)
+    return float(total / num_losses), num_asked > 0
 
 
 def save(state: State, folder: Path, config: Config, patches: Patches) -> None:
@@ -173,14 +188,14 @@ def save(state: State, folder: Path, config: Config, patches: Patches) -> None:
         write_metrics(folder / "metrics.csv", state.records)
 
 
-def keep_if_best(state: State, measured: dict[str, float], folder: Path, config: Config) -> None:
+def keep_if_best(state: State, measured: dict[str, float], folder: Path, config: Config, patches: Patches) -> None:
     """Write best.pt when the average precision is at least as high as ever; of equals the later is kept."""
     if measured["average_precision"] >= state.best:
         state.best = measured["average_precision"]
         if dist.get_rank() == 0:
-            best = {"kind": KIND, "config": as_yaml(config), "identity": training_identity(config)}
-            weights = {"step": state.step, "weights": state.average.state_dict(), "measured": measured}
-            save_checkpoint(best | weights, folder / "checkpoints" / "best.pt")
+            best = state.as_checkpoint(config, patches) | {"measured": measured}
+            kept = {name: best[name] for name in BEST}
+            save_checkpoint(kept, folder / "checkpoints" / "best.pt")
 
 
 def check_hardware(config: Config, device: torch.device) -> None:
@@ -202,17 +217,16 @@ def train(config: Config, folder: Path, patches: Patches, device: torch.device) 
     first = dist.get_rank() == 0
     state = all_ranks_do(lambda: begin(config, device))
     if first:
-        size = f"{sum(parameter.numel() for parameter in state.model.parameters()):,} parameters"
         counts = f"{len(patches.train)} training and {len(patches.validation)} validation patches"
-        print(f"MotorIdentifier, {size}; {counts}; {dist.get_world_size()} x {device.type}", flush=True)
+        where = f"{dist.get_world_size()} x {device.type}"
+        print(f"MotorIdentifier, {count_parameters(state.model):,} parameters; {counts}; {where}", flush=True)
     last = folder / "checkpoints" / "last.pt"
-    if last.exists():
-        all_ranks_do(lambda: resume(state, last, config, patches))
-        if first and state.step == settings.steps:
-            print(f"{folder} is complete; --fresh starts it over", flush=True)
-        elif first:
-            print(f"continuing {folder} at step {state.step} of {settings.steps}", flush=True)
-    all_ranks_do(lambda: check_same_step(gather_objects(state.step), folder))
+    all_ranks_do(lambda: resume(state, last, config, patches) if last.exists() else None)
+    check_same_step(gather_objects(state.step), folder)
+    if first and state.step == settings.steps:
+        print(f"{folder} is complete; --fresh starts it over", flush=True)
+    elif first and state.step:
+        print(f"continuing {folder} at step {state.step} of {settings.steps}", flush=True)
     plan = micro_batches(
         state.step,
         settings.steps,
@@ -228,38 +242,48 @@ def train(config: Config, folder: Path, patches: Patches, device: torch.device) 
         num_workers=settings.workers,
         collate_fn=stack,
         pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_interrupts,
     )
-    scalars = Scalars(folder / "tensorboard", state.records) if first else None
-    run_steps(state, next_batch(loader), patches, config, folder, scalars)
+    scalars = Scalars(folder / "tensorboard", state.step) if first else None
+    with stop_on_signal() as stop:
+        run_steps(state, next_batch(loader), stop, patches, config, folder, scalars)
     return state.records
 
 
 def check_same_step(steps: list[int], folder: Path) -> None:
     """Every process must continue at the same step: the run's folder lies on a disk that all machines share."""
     if len(set(steps)) > 1:
-        raise config_error(
-            f"run.root: the processes would continue {folder} at the steps {steps}; "
-            "give a folder on a disk that all machines share"
+        raise met_by_all(
+            config_error(
+                f"run.root: the processes would continue {folder} at the steps {steps}; "
+                "give a folder on a disk that all machines share"
+            )
         )
 
 
 def run_steps(
-    state: State, stream: Iterator[Sample], patches: Patches, config: Config, folder: Path, scalars: Scalars | None
+    state: State,
+    stream: Iterator[Sample],
+    stop: StopRequest,
+    patches: Patches,
+    config: Config,
+    folder: Path,
+    scalars: Scalars | None,
 ) -> None:
-    """The loop: step, and now and then validate, keep the best, save."""
+    """The loop: step, and now and then validate, keep the best, save; on Ctrl-C or SIGTERM save and end."""
     settings, device = config.train, next(state.model.parameters()).device
     statistics = RunningStatistics(state.model)
     bar = progress(range(settings.steps), "training", settings.steps, scalars is not None)
     bar.update(state.step)
     state.model.train()
     while state.step < settings.steps:
-        measured = take_step(state, statistics, stream, patches, config)
+        measured, stop_asked = take_step(state, statistics, stream, stop, patches, config)
         bar.set_postfix(loss=f"{measured['loss']:.4f}", best=f"{state.best:.3f}", refresh=False)
         bar.update()
         at_end = state.step == settings.steps
         if state.step % settings.validate_every == 0 or at_end:
             measured |= validate(state.average, patches, config, device)
-            keep_if_best(state, measured, folder, config)
+            keep_if_best(state, measured, folder, config, patches)
             if scalars is not None:
                 shown = f"loss {measured['loss']:.4f}  validation {measured['validation_loss']:.4f}"
                 print(f"step {state.step:6d}  {shown}  AP {measured['average_precision']:.3f}", flush=True)
@@ -267,7 +291,11 @@ def run_steps(
             state.records.append({"step": state.step} | measured)
             if scalars is not None:
                 scalars.add(state.records[-1])
-        if state.step % settings.checkpoint_every == 0 or at_end:
+        if state.step % settings.checkpoint_every == 0 or at_end or stop_asked:
             save(state, folder, config, patches)
+        if stop_asked and not at_end:
+            raise KeyboardInterrupt
     bar.close()
+    if scalars is not None:
+        scalars.close()
     sys.stdout.flush()

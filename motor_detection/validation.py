@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from common.errors import data_error
+from common.interrupt import ignore_interrupts
 from common.metrics.detection import ScoredTomogram, average_precision, precision_recall_curve
 from common.metrics.heatmaps import comprehensive_heatmap_metric, peak_sharpness, soft_dice_score, topk_accuracy
 from common.parallel import all_ranks_do, gather_objects
@@ -41,7 +42,8 @@ def validate(model: nn.Module, patches: Patches, config: Config, device: torch.d
     rows = all_ranks_do(lambda: score_own_patches(model, patches, config, device))
     together = sorted((row for part in gather_objects(rows) for row in part), key=lambda row: row[0])
     tolerance = TOLERANCE_SIGMAS * config.heatmap.sigma_angstrom
-    curve = precision_recall_curve([row[2] for row in together], tolerance, 1.0)  # average precision needs no beta
+    picked = [row[2] for row in together]
+    curve = all_ranks_do(lambda: precision_recall_curve(picked, tolerance, 1.0))  # average precision needs no beta
     scores = np.array([row[1] for row in together])
     figures = {name: float(np.nanmean(scores[:, column])) for column, name in enumerate(FIGURES)}
     return figures | {"average_precision": average_precision(curve)}
@@ -55,6 +57,7 @@ def score_own_patches(model: nn.Module, patches: Patches, config: Config, device
         batch_size=config.train.micro_batch_size,
         num_workers=config.train.workers,
         collate_fn=stack,
+        worker_init_fn=ignore_interrupts,
     )
     rows: list[Row] = []
     for host_batch in next_batch(loader):

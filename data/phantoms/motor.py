@@ -10,23 +10,25 @@ import json
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from tqdm import tqdm
 
-from common.errors import config_error
+from common.errors import config_error, data_error
 from common.files import write_text
+from common.interrupt import ignore_interrupts
 from common.lock import exclusive
+from common.logbook import progress
 from common.streams import random_for
 from common.volumes import write_slice_folder
 from data.phantoms.motor_clutter import draw_scene
 from data.phantoms.motor_imaging import Exposure, take_tomogram, to_grey_levels
 from data.phantoms.motor_scene import plan_scene, uniform
 from data.phantoms.motor_settings import MotorPhantom
-from data.relabelled import relabelled_row
+from data.phantoms.relabelled import relabelled_row
 
 __all__ = ["MotorPhantom", "SimulatedTomogram", "simulate_tomogram", "write_phantom"]
 
@@ -106,9 +108,8 @@ def complete_folder(settings: MotorPhantom, folder: Path, num_processes: int) ->
     missing = missing_tomograms(settings, folder)
     if missing:
         print(f"simulating {len(missing)} tomograms into {folder}", flush=True)
-        for _ in tqdm(
-            written(settings, images, missing, num_processes), "simulating tomograms", len(missing), disable=None
-        ):
+        work = written(settings, images, missing, num_processes)
+        for _ in progress(work, "simulating tomograms", len(missing), True):
             pass
     if missing or not labels.exists() or not (folder / "settings.json").exists():
         write_text(labels, label_table(settings).to_csv(index=False))
@@ -148,8 +149,15 @@ def written(settings: MotorPhantom, images: Path, indices: list[int], num_proces
             yield
         return
     repeat = itertools.repeat
-    with ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(write_tomogram, repeat(settings), repeat(images), indices)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_processes, spawn, ignore_interrupts, (0,)) as pool:  # Ctrl-C is for this process
+        try:
+            yield from pool.map(write_tomogram, repeat(settings), repeat(images), indices)
+        except BrokenProcessPool as error:
+            raise data_error(
+                f"{images}: a simulating process died (out of memory?); what is finished is kept, and the same command "
+                "with fewer convert.producers continues"
+            ) from error
 
 
 def write_tomogram(settings: MotorPhantom, images: Path, index: int) -> None:

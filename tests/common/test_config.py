@@ -367,3 +367,12 @@ def test_a_config_in_a_file_of_ours_comes_back_or_names_the_file() -> None:
         assert caught.value.exit_code == BAD_DATA
         assert all(problem.startswith(f"{path}: ") for problem in caught.value.problems)
         assert words in caught.value.problems[0]
+
+
+@pytest.mark.parametrize("text", ["2020-13-45", "0x_", "0b_", "9" * 5000, "1_.e+"])
+def test_values_that_break_the_yaml_reader_itself_are_told(text: str, tmp_path: Path) -> None:
+    """It raises bare ValueErrors for dates and numbers that only look like ones."""
+    problems = problems_of([], [f"kinds.count={text}"])
+    assert len(problems) == 1 and problems[0].startswith("kinds.count: ")
+    with pytest.raises(UserError):
+        configure(PRESET, [written(tmp_path / "a.yaml", f"kinds: {{count: {text}}}")], [])

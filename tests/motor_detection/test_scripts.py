@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from motor_detection import convert, crossval, eval, evaluation, inference, pred
 from motor_detection.baseline import blob_picks
 from motor_detection.config import Config
 from motor_detection.pick_files import read_picks_csv
+from motor_detection.star_files import read_star
 from motor_detection.tomograms import open_tomogram
 from motor_detection.trainer import begin
 from tests.motor_detection.small_runs import NO_PATCHES, small_config, small_patches, train_alone, write_tomograms
@@ -111,6 +113,27 @@ def test_eval_fails_before_any_inference_where_no_figure_would_come_out(
     assert code == BAD_DATA and "every tomogram has fold -1" in problems[0]
 
 
+@pytest.mark.parametrize("main", [eval.main, crossval.main], ids=["eval", "crossval"])
+def test_folds_edited_after_training_do_not_leak_into_the_figures(
+    trained: Path, tmp_path: Path, main: Main, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The table's path is the same, its folds are not: tomograms that were trained on would be reported."""
+    table = trained / "labels.csv"
+    whole = table.read_text()
+    swapped = pd.read_csv(table)
+    swapped["fold"] = (
+        swapped.fold.replace({0: 2, 2: 0, 3: 2}) if main is crossval.main else swapped.fold.replace({3: 2, 2: 3})
+    )
+    try:
+        swapped.to_csv(table, index=False)
+        runs = [str(trained / "runs" / name) for name in ("fold0", "fold2")]
+        words = ["--run", str(trained / "runs" / "a")] if main is eval.main else [*runs, "--output", str(tmp_path)]
+        code, _, problems = said(main, words, capsys)
+    finally:
+        table.write_text(whole)
+    assert code == BAD_DATA and "the table's folds have changed since" in problems[0], problems
+
+
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.csv", "checkpoints/best.pt"])
 def test_eval_names_a_damaged_file_of_the_run(
     trained: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
@@ -153,7 +176,7 @@ def test_predict_refuses_names_that_no_table_can_hold(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = predict_words(trained / "runs" / "a", tmp_path / "out")
-    for name in (b"tomo_\xff.npy", b"data_1.npy", b"to mo.npy"):
+    for name in (b"tomo_\xff.npy", b"data_1.npy", b"Data_1.npy", b"to mo.npy"):
         path = tmp_path / os.fsdecode(name)
         np.save(path, np.zeros((40, 40, 40), np.uint8))
         words[words.index("--input") + 1] = str(path)
@@ -272,3 +295,76 @@ def test_the_blob_picker_takes_a_tomogram_thinner_than_its_blobs(tmp_path: Path)
     tomogram = open_tomogram(tmp_path / "thin.npy", None, 13.1)
     picks = blob_picks(tomogram, np.zeros((0, 3)), (60.0, 250.0), 300.0, 5)
     assert len(picks) == 4 and all(len(found.scores) <= 5 for found in picks.values())
+
+
+def test_relion4_needs_the_unbinned_pixel(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its coordinates count unbinned pixels of the tilt series, which no tomogram knows."""
+    words = predict_words(trained / "runs" / "a", tmp_path / "out")
+    for flags in (
+        ["--star", "relion4"],
+        ["--tilt-series-pixel", "2"],
+        ["--star", "relion4", "--tilt-series-pixel", "nan"],
+    ):
+        code, _, problems = said(predict.main, [*words, *flags], capsys)
+        assert code == WRONG_CALL and "--tilt-series-pixel" in problems[0]
+    flags = ["--star", "relion4", "--tilt-series-pixel", "2.62", "inference.min_score=0.0001"]
+    assert said(predict.main, [*words, *flags], capsys)[0] == 0
+    (picks,) = read_picks_csv(tmp_path / "out" / "picks.csv")
+    assert len(picks.points) > 0
+    rows = read_star(tmp_path / "out" / "picks.star")["particles"]
+    pixels = rows[["rlnCoordinateZ", "rlnCoordinateY", "rlnCoordinateX"]].to_numpy().astype(float)
+    np.testing.assert_allclose(pixels, 5 * picks.points, rtol=1e-9)  # binned by 5: 13.1 / 2.62
+
+
+def test_predict_prints_a_config_that_it_reads_again(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = predict_words(trained / "runs" / "a", tmp_path / "out")
+    _, printed, _ = said(predict.main, [*words, "inference.max_picks=3", "--print-config"], capsys)
+    (tmp_path / "printed.yaml").write_text(printed)
+    code, again, problems = said(
+        predict.main, [*words, "--config", str(tmp_path / "printed.yaml"), "--print-config"], capsys
+    )
+    assert code == 0 and again == printed and "max_picks: 3" in printed, problems
+
+
+@pytest.mark.parametrize("change", ["heatmap.sigma_angstrom=100", "model.stride=8", "train.steps=9", "convert.seed=1"])
+def test_predict_refuses_constants_that_training_fixed(
+    trained: Path, tmp_path: Path, change: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, problems = said(predict.main, [*predict_words(trained / "runs" / "a", tmp_path / "out"), change], capsys)
+    assert code == WRONG_CALL and "after training only inference" in problems[0]
+
+
+def test_a_tomogram_that_can_no_longer_be_read_leaves_no_old_picks(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = predict_words(trained / "runs" / "a", tmp_path / "out")
+    path = tmp_path / "tomo.npy"
+    np.save(path, np.random.default_rng(0).integers(0, 255, (40, 40, 40), np.uint8))
+    words[words.index("--input") + 1] = str(path)
+    (tmp_path / "._tomo.npy").write_bytes(b"a Mac was here")
+    assert said(predict.main, words, capsys)[0] == 0 and (tmp_path / "out" / "tomograms" / "tomo.csv").exists()
+    path.write_bytes(b"damaged")
+    words[words.index("--input") + 1] = str(tmp_path)
+    code, _, problems = said(predict.main, words, capsys)
+    assert code == BAD_DATA and "tomo.npy" in problems[0] and len(problems) == 1
+    assert not (tmp_path / "out" / "tomograms" / "tomo.csv").exists()
+    assert said(predict.main, [*words, "--fresh"], capsys)[0] == BAD_DATA
+    assert not list((tmp_path / "out" / "tomograms").glob("*"))
+
+
+def test_two_calls_do_not_write_into_one_output(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lock = tmp_path / ".out.lock"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", f"import fcntl, time; f = open({str(lock)!r}, 'w'); fcntl.lockf(f, fcntl.LOCK_EX); "
+         "print('held', flush=True); time.sleep(60)"], stdout=subprocess.PIPE, text=True)  # fmt: skip
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        code, _, problems = said(predict.main, predict_words(trained / "runs" / "a", tmp_path / "out"), capsys)
+    finally:
+        holder.kill()
+        holder.wait()
+    assert code == WRONG_CALL and "another process is writing there" in problems[0]

@@ -1,7 +1,10 @@
 """The loop: accumulation, ranks, clipping, learning rates, validation, the best weights, and what it refuses."""
 
 import dataclasses
+import os
 import shutil
+import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +15,9 @@ import torch
 from torch.amp import GradScaler
 
 from common.checkpoint import load_checkpoint, load_weights, save_checkpoint
-from common.config import configure
+from common.config import as_yaml, configure
 from common.errors import BAD_DATA, UserError
+from common.interrupt import StopRequest
 from common.logbook import read_metrics
 from common.parallel import process_group
 from common.step import RunningStatistics, guarded_update
@@ -35,6 +39,8 @@ from motor_detection.trainer import (
 from motor_detection.validation import validate
 from tests.motor_detection.small_runs import (
     NO_PATCHES,
+    ROOT,
+    differing,
     run_command,
     script,
     small_config,
@@ -87,9 +93,8 @@ def step_batches(config: Config, patches: Patches, step: int) -> Iterator[Sample
 def one_step(state: State, config: Config, patches: Patches) -> dict[str, float]:
     with process_group(True):
         state.model.train()
-        return take_step(
-            state, RunningStatistics(state.model), step_batches(config, patches, state.step), patches, config
-        )
+        batches = step_batches(config, patches, state.step)
+        return take_step(state, RunningStatistics(state.model), batches, StopRequest(), patches, config)[0]
 
 
 def gradients_of_a_step(
@@ -219,7 +224,7 @@ def test_best_is_the_highest_average_precision_and_of_equals_the_latest(data_fol
     kept = []
     with process_group(True):
         for state.step, precision in enumerate((0.0, 0.5, 0.3, 0.5, 0.7, 0.6)):
-            keep_if_best(state, {"average_precision": precision}, tmp_path, config)
+            keep_if_best(state, {"average_precision": precision}, tmp_path, config, NO_PATCHES)
             kept.append(load_checkpoint(tmp_path / "checkpoints/best.pt", KIND, {"weights": dict})["step"])
     assert kept == [0, 1, 1, 3, 4, 4]
 
@@ -413,11 +418,83 @@ def test_a_loss_that_is_no_number_on_one_process_ends_both_with_one_message(data
     assert "gloo" not in done.stderr
 
 
-def test_processes_that_would_continue_at_different_steps_are_refused() -> None:
-    """Machines without a common disk: one of them has the run's last checkpoint, another has not."""
-    trainer.check_same_step([40, 40], Path("runs/a"))
-    with pytest.raises(UserError, match=r"run.root: .* at the steps \[40, 0\]; .* all machines share"):
-        trainer.check_same_step([40, 0], Path("runs/a"))
+APART = """
+import os, sys
+sys.path[0] = sys.argv.pop(1)
+from pathlib import Path
+from common.config import as_yaml, configure
+from common.errors import run_script
+from common.parallel import process_group
+from motor_detection.config import KAGGLE
+from motor_detection.dataset import choose_patches
+from motor_detection.places import read_tomograms
+from motor_detection.trainer import train
+def main(arguments):
+    config = configure(KAGGLE, [Path(arguments[0])], [])
+    patches, _ = choose_patches(config, config.data.patches, read_tomograms(config.data, False)[0])
+    with process_group(True) as device:
+        train(config, Path(arguments[1]) / os.environ["RANK"], patches, device)
+    return 0
+run_script(main)
+"""
+
+
+def test_machines_without_a_common_disk_are_refused(data_folder: Path, tmp_path: Path) -> None:
+    """One of them has the run's last checkpoint, the other has not: they would continue at different steps."""
+    config = with_train(small_config(data_folder), steps=4)
+    stopped = with_train(config, checkpoint_every=2)
+    train_alone(stopped, tmp_path / "0", chosen(config))
+    last = tmp_path / "0" / "checkpoints" / "last.pt"
+    save_checkpoint(load_checkpoint(last, KIND, CHECKPOINT) | {"step": 2}, last)
+    (tmp_path / "config.yaml").write_text(as_yaml(config))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               str(tmp_path / "apart.py"), str(ROOT), str(tmp_path / "config.yaml"), str(tmp_path)]  # fmt: skip
+    (tmp_path / "apart.py").write_text(APART)
+    done = run_command(command)
+    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1 and "at the steps [2, 0]" in told[0] and "all machines share" in told[0], done.stderr
+
+
+def test_a_request_to_stop_ends_the_run_after_a_step_with_a_checkpoint(
+    data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And continued it ends in the same bits as without."""
+    config = with_train(small_config(data_folder), steps=6, checkpoint_every=100, log_every=2)
+    patches = chosen(config)
+    train_alone(config, tmp_path / "whole", patches)
+    whole_step, steps = trainer.take_step, []
+
+    def interrupted(*given: Any) -> Any:
+        steps.append(given[0].step)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGTERM if tmp_path.name.endswith("1") else signal.SIGINT)
+        return whole_step(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer, "take_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train_alone(config, tmp_path / "stopped", patches)
+    last = tmp_path / "stopped" / "checkpoints" / "last.pt"
+    assert load_checkpoint(last, KIND, CHECKPOINT)["step"] == 3 and steps == [0, 1, 2]
+    train_alone(config, tmp_path / "stopped", patches)
+    states = [
+        load_checkpoint(tmp_path / name / "checkpoints" / "last.pt", KIND, CHECKPOINT) for name in ("whole", "stopped")
+    ]
+    assert not differing(states[0], states[1], "last.pt")
+
+
+def test_the_digest_knows_which_tomogram_is_trained_on_and_which_is_validated(data_folder: Path) -> None:
+    """The same files dealt out anew are another run."""
+    config = small_config(data_folder)
+    labelled, _ = read_tomograms(config.data, False)
+    patches = chosen(config)
+    assert patches.tomograms == [
+        "train tomo_0", "train tomo_1", "train tomo_2", "train tomo_3", "validation tomo_4", "validation tomo_5"
+    ]  # fmt: skip
+    moved = [dataclasses.replace(label, fold=0) if label.tomo_id == "tomo_3" else label for label in labelled]
+    again, _ = choose_patches(config, config.data.patches, moved)
+    assert sorted([*again.train, *again.validation]) == sorted([*patches.train, *patches.validation])
+    assert again.digest != patches.digest and "validation tomo_3" in again.tomograms
 
 
 def test_an_optimizer_that_does_not_fit_is_a_damaged_checkpoint(data_folder: Path, tmp_path: Path) -> None:
