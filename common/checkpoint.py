@@ -43,11 +43,13 @@ def load_checkpoint(path: Path, kind: str, entries: dict[str, type]) -> dict[str
 
 
 def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
-    """Load weights that must match name by name and shape by shape; the first differences are named."""
+    """Load finite weights that match name by name and shape by shape; a data error names the first differences."""
     own = model.state_dict()
-    odd = [name for name, value in weights.items() if not isinstance(value, torch.Tensor)]
+    odd = [
+        n for n, w in weights.items() if not (isinstance(n, str) and isinstance(w, torch.Tensor) and not w.is_sparse)
+    ]
     if odd:
-        raise data_error(f"{path}: {odd[0]} holds no weights but {weights[odd[0]]!r}; give an undamaged checkpoint")
+        raise data_error(f"{path}: {odd[0]!r} holds no plain weights; give an undamaged checkpoint")
     missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     resized = [f"{n} {tuple(weights[n].shape)} for {tuple(own[n].shape)}" for n in own.keys() & weights.keys()
                if weights[n].shape != own[n].shape]  # fmt: skip
@@ -55,6 +57,9 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path)
         parts = [("lacks", missing), ("holds unknown", unexpected), ("has other shapes", sorted(resized))]
         found = "; ".join(f"{what} {', '.join(names[:3])} ({len(names)} in all)" for what, names in parts if names)
         raise data_error(f"{path}: the weights belong to another model: the file {found}; give the model's own config")
+    damaged = next((name for name, weight in weights.items() if not bool(torch.isfinite(weight).all())), None)
+    if damaged is not None:
+        raise data_error(f"{path}: {damaged} is not finite; the run diverged (lower its learning rates) or was damaged")
     model.load_state_dict(weights)
 
 

@@ -23,7 +23,8 @@ import yaml
 from common.errors import config_error, data_error
 
 ConfigType = TypeVar("ConfigType")
-UNREADABLE_YAML = (yaml.YAMLError, ValueError)  # of a date 2020-13-45, a number 0x_, or bytes that are no text
+# what PyYAML raises besides its own: on a date 2020-13-45, a number 0x_, a tag !!bool foo, 3000 brackets, bytes
+UNREADABLE_YAML = (yaml.YAMLError, ValueError, KeyError, AttributeError, TypeError, RecursionError)
 LARGEST_INT = 2**31 - 1  # of a constant: seeds, counts and sizes; more would only end in some library's overflow
 UNIONS = (types.UnionType, Union)  # how `int | None` and `Literal[...] | None` are declared
 
@@ -48,6 +49,14 @@ def configure(constants: ConfigType, yaml_files: list[Path], changes: list[str])
     if problems:
         raise config_error(*problems)
     return config
+
+
+def outside(section: Any, limits: dict[str, tuple[float, float]]) -> Iterator[str]:
+    """For a section's problems(): one line per constant (or list of them) that leaves its limits, both included."""
+    for name, (low, high) in limits.items():
+        value = getattr(section, name)
+        if not all(low <= item <= high for item in (value if isinstance(value, tuple) else (value,))):
+            yield f"{name}: expected {low:g} to {high:g}, got {list(value) if isinstance(value, tuple) else value}"
 
 
 def restore(constants: ConfigType, text: str, path: Path) -> ConfigType:
@@ -210,7 +219,7 @@ def _convert(value: Any, declared: Any) -> Any:
         if not math.isfinite(number):
             raise ValueError
         return number
-    if declared is Path and type(value) is str and value:
+    if declared is Path and type(value) is str and value and "\0" not in value:
         return Path(value)
     if declared in (bool, int, str) and type(value) is declared:
         if declared is int and abs(value) > LARGEST_INT:

@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 
@@ -35,6 +36,12 @@ def data_error(*problems: str) -> UserError:
     return UserError(BAD_DATA, list(problems))
 
 
+def end_imports_quietly() -> None:
+    """Let Ctrl-C end the process without a word (status 130) while it still imports; run_script takes over."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run_script(main: Callable[[list[str]], int]) -> None:
     """Run an entry script's main and turn user errors, Ctrl-C, full memory and unusable files into one line and a code.
 
@@ -43,8 +50,11 @@ def run_script(main: Callable[[list[str]], int]) -> None:
     try:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see end_imports_quietly
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         code = main(sys.argv[1:])
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by the caller: >&-
+            sys.stdout.flush()
     except UserError as error:
         first = "RANK" not in os.environ or os.environ["RANK"] == "0"
         for problem in error.problems if first or not error.met_by_all else []:
@@ -63,10 +73,9 @@ def run_script(main: Callable[[list[str]], int]) -> None:
         print(f"error: out of memory ({why}); smaller micro-batches, patches or tiles need less", file=sys.stderr)
         code = BAD_DATA
     except OSError as error:
-        if error.filename is None:
+        if error.errno is None:
             raise
-        print(
-            f"error: {error.filename}: {error.strerror}; name another file or folder, or free this one", file=sys.stderr
-        )
+        where = error.filename if error.filename is not None else "output"
+        print(f"error: {where}: {error.strerror}; name another file or folder, or free this one", file=sys.stderr)
         code = BAD_DATA
     sys.exit(code)

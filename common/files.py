@@ -1,11 +1,12 @@
 """Files that are whole or absent: written beside, forced to disk, renamed; and texts read with an error that names them."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from common.errors import data_error
+from common.errors import UserError, data_error
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -41,3 +42,18 @@ def read_text(path: Path) -> str:
         raise data_error(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise data_error(f"{path}: not a text file in UTF-8; it was damaged, or written by something else") from error
+
+
+@contextmanager
+def parsing(path: Path, remedy: str) -> Iterator[None]:
+    """Around the parsing of one file: whatever damage makes a library raise becomes a data error that names the file.
+
+    Parsers meet damage in many ways (zip, YAML, CSV, numpy, Pillow raise over twenty types); hold nothing else inside.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        why = str(error).partition("\n")[0][:200]
+        raise data_error(f"{path}: damaged or of another kind ({type(error).__name__}: {why}); {remedy}") from error

@@ -14,6 +14,7 @@ def exclusive(folder: Path) -> Iterator[None]:
 
     Children do not inherit it (lockf, not flock), so a killed run's last loader worker keeps nobody waiting.
     """
+    folder = folder.resolve()  # a link to a folder is that folder
     if folder.exists() and not folder.is_dir():
         raise config_error(f"{folder}: is a file (expected a folder, or a new name)")
     try:

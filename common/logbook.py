@@ -20,7 +20,7 @@ import tqdm
 
 from common.config import as_yaml
 from common.errors import config_error, data_error
-from common.files import read_text, write_text
+from common.files import parsing, read_text, write_text
 
 Item = TypeVar("Item")
 VERSIONED = ("torch", "numpy", "scipy", "pandas", "scikit-learn", "pillow")
@@ -35,6 +35,8 @@ def open_run(folder: Path, config: Any, identity: str, arguments: list[str]) -> 
     recorded = folder / "identity.yaml"
     if recorded.exists() and read_text(recorded) != identity:
         theirs = read_text(recorded).splitlines()
+        if not theirs:
+            raise data_error(f"{recorded}: is empty; it was damaged. Delete it if this folder is the run you mean")
         differs = next(
             (line.strip() for line in identity.splitlines() if line not in theirs), "another version's names"
         )
@@ -48,15 +50,14 @@ def open_run(folder: Path, config: Any, identity: str, arguments: list[str]) -> 
 
 def note_environment(path: Path, now: dict[str, Any]) -> None:
     """Write where a run began; later, add where it continued if that may change bits."""
-    try:
+    with parsing(path, "delete it, and it is written anew"):
         began: dict[str, Any] = json.loads(read_text(path)) if path.exists() else now | {"continued_on": []}
-        last = began["continued_on"][-1] if began["continued_on"] else began
+        later: list[dict[str, Any]] = list(began["continued_on"])
+        last = later[-1] if later else began
         changed = [name for name in ("commit", "device", "processes", "versions") if last[name] != now[name]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise data_error(f"{path}: damaged ({error!r}); delete it, and it is written anew") from error
     if changed:
-        print(f"warning: {path.parent} began with other {' and '.join(changed)}; its bits may differ from here on")
-        began["continued_on"].append(now)
+        print(f"warning: {path.parent} ran with another {' and '.join(changed)} before; bits may differ from here on")
+        began["continued_on"] = [*later, now]
     write_text(path, json.dumps(began, indent=2) + "\n")
 
 
@@ -87,15 +88,18 @@ def write_metrics(path: Path, records: list[dict[str, float]]) -> None:
     write_text(path, text.getvalue())
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The records of a metrics.csv; empty cells are left out. A data error names a file that is missing or damaged."""
-    try:
+def read_metrics(path: Path, wanted: tuple[str, ...]) -> list[dict[str, float]]:
+    """The records of a metrics.csv; empty cells are left out.
+
+    A data error names a file that is missing or damaged, or in which one of the wanted figures never appears.
+    """
+    with parsing(path, "training the run to its end writes it anew"):
         rows = list(csv.DictReader(io.StringIO(read_text(path))))
-        return [{name: float(cell) for name, cell in row.items() if cell} for row in rows]
-    except (ValueError, TypeError, csv.Error) as error:
-        raise data_error(
-            f"{path}: not a table of numbers ({error}); training the run to its end writes it anew"
-        ) from error
+        records = [{name: float(cell) for name, cell in row.items() if cell} for row in rows]
+    missing = [name for name in wanted if not any(name in record for record in records)]
+    if missing:
+        raise data_error(f"{path}: holds no {', '.join(missing)}; training the run to its end writes it anew")
+    return records
 
 
 def progress(items: Iterable[Item], description: str, total: int, shown: bool) -> "tqdm.tqdm[Item]":

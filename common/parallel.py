@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from common.errors import UserError, config_error, data_error
 
 Item = TypeVar("Item")
+TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # a cluster may set one of them alone
 LOST_PROCESS = re.compile("closed by peer|reset by peer|broken pipe|remote process exited|timed out", re.IGNORECASE)
 
 
@@ -36,7 +37,7 @@ def process_group(deterministic: bool) -> Iterator[torch.device]:
                 "start at most one process per GPU"
             )
         torch.cuda.set_device(local_rank)
-    if "RANK" in os.environ:
+    if all(name in os.environ for name in TORCHRUN):
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     else:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]

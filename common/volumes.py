@@ -7,6 +7,8 @@ import abc
 import dataclasses
 import re
 import shutil
+import struct
+import zlib
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,7 +35,9 @@ KEPT_IMAGE_MODES: dict[str, np.dtype[Any]] = {  # Pillow's modes of more than 8 
     "I": np.dtype(np.int32),
     "F": np.dtype(np.float32),
 }
-UNREADABLE_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises on bad files
+# what Pillow raises on bad files
+UNREADABLE_IMAGE = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, struct.error, zlib.error,
+                    OverflowError, MemoryError, Image.DecompressionBombError)  # fmt: skip
 
 MRC_DTYPES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}  # mode -> samples, MRC2014 table 1
 MRC_KNOWN_MODES = "0 int8, 1 int16, 2 float32, 6 uint16, 12 float16"
@@ -198,7 +202,9 @@ def open_npy(path: Path) -> MappedVolume:
     remedy = "save a plain numeric array again with np.save"
     try:
         stored = np.lib.format.open_memmap(path, mode="r")  # unlike np.load it opens no .npz and no pickle
-    except ValueError as error:
+    except OSError:
+        raise
+    except Exception as error:  # a damaged header ends in whatever Python's own parser raises
         size = path.stat().st_size
         raise data_error(f"{path}: truncated or no plain array ({error}; {size} bytes): {remedy}") from error
     if stored.dtype.kind not in "biuf":

@@ -12,16 +12,18 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from common.errors import end_imports_quietly
+
+    end_imports_quietly()
 
 import argparse
-import zipfile
 
 import numpy as np
 import pandas as pd
 
 from common.command import ScriptParser
 from common.errors import data_error, run_script
-from common.files import write_atomically, write_text
+from common.files import parsing, write_atomically, write_text
 from data.phantoms.relabelled import relabelled_row
 
 ASSUMED_SPACING_ANGSTROM = 10.0
@@ -30,14 +32,12 @@ HELD_OUT_FOLDS = {8: 0, 9: 1}  # tomogram -> fold
 
 def import_tomogram(source: Path, number: int, target: Path) -> dict[str, str | int | float]:
     """Write one volume; return its row of the label table."""
-    try:
+    with parsing(source, "expected DeepFinder's volume and objects_axis012_label"):
         with np.load(source, allow_pickle=False) as file:
             volume = file["volume"].transpose(2, 1, 0).astype(np.float32)
             centres = file["objects_axis012_label"][:, 2::-1].astype(np.float64)  # z, y, x
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise data_error(
-            f"{source}: not a DeepFinder tomogram ({error}); expected volume, objects_axis012_label"
-        ) from error
+        if volume.ndim != 3 or centres.ndim != 2 or centres.shape[1] != 3 or not np.isfinite(centres).all():
+            raise ValueError(f"volume {volume.shape}, centres {centres.shape}")
     write_atomically(
         target / "tomograms" / f"tomo_{number}.npy", lambda out: np.save(out, np.ascontiguousarray(volume))
     )
@@ -51,7 +51,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
     flags = parser.parse_args(arguments)
-    files = {int(path.stem.removeprefix("tomo")): path for path in flags.source.glob("tomo[0-9]*.npz")}
+    found = [path for path in sorted(flags.source.glob("tomo*.npz")) if path.stem.removeprefix("tomo").isdecimal()]
+    files = {int(path.stem.removeprefix("tomo")): path for path in found}
+    if len(files) < len(found):
+        raise data_error(f"{flags.source}: two files of one number; expected tomo0.npz to tomo9.npz once each")
     if not files:
         raise data_error(f"{flags.source}: no tomo*.npz in it; expected DeepFinder's simulated tomograms")
     rows = [import_tomogram(files[number], number, flags.target) for number in sorted(files)]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from common.blocks import NormName
+from common.config import LARGEST_INT, outside
 from data.phantoms.motor_settings import MotorPhantom
 from motor_detection.losses import LossName
 
@@ -23,10 +24,9 @@ class Data:
     test_fold: int = 1  # reported once by eval.py; never seen in training. -1 = train on it, no test
 
     def problems(self) -> Iterator[str]:
-        if self.voxel_spacing_angstrom != 0 and not 0.1 <= self.voxel_spacing_angstrom <= 1000:
-            yield f"voxel_spacing_angstrom: expected 0 (from the file) or 0.1 to 1000 Å, got {self.voxel_spacing_angstrom}"
-        if self.validation_fold < 0:
-            yield "validation_fold: expected a fold of the label table, 0 or more (-1 marks excluded tomograms)"
+        if self.voxel_spacing_angstrom != 0:
+            yield from outside(self, {"voxel_spacing_angstrom": (0.1, 1000)})
+        yield from outside(self, {"validation_fold": (0, 10**6), "test_fold": (-1, 10**6)})
         if self.validation_fold == self.test_fold:
             yield f"test_fold: is the validation fold {self.test_fold}; a threshold must not be chosen on what is reported"
 
@@ -42,15 +42,10 @@ class Convert:
     seed: int = 42  # of patch positions
 
     def problems(self) -> Iterator[str]:
-        if any(size < 32 or size % 32 for size in self.patch_size):
+        counts = dict.fromkeys(("single", "multi", "hard_negative", "negative"), (0.0, 1e5))
+        yield from outside(self, counts | {"patch_size": (32, 2048), "producers": (1, 1024), "seed": (0, LARGEST_INT)})
+        if any(size % 32 for size in self.patch_size):
             yield f"patch_size: expected multiples of 32 voxels (the encoder halves five times), got {list(self.patch_size)}"
-        for name in ("single", "multi", "hard_negative", "negative"):
-            if getattr(self, name) < 0:
-                yield f"{name}: expected a count of 0 or more, got {getattr(self, name)}"
-        if self.seed < 0:
-            yield f"seed: expected 0 or more, got {self.seed}"
-        if self.producers < 1:
-            yield f"producers: expected at least 1 process, got {self.producers}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +53,7 @@ class Heatmap:
     sigma_angstrom: float = 200.0  # Å, Gaussian around each motor; about half a motor's width
 
     def problems(self) -> Iterator[str]:
-        if self.sigma_angstrom <= 0:
-            yield f"sigma_angstrom: expected a length above 0 Å, got {self.sigma_angstrom}"
+        yield from outside(self, {"sigma_angstrom": (1, 1e5)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,11 +70,8 @@ class Model:
         strides = [2 ** (level + 1) for level in range(len(self.channels))]
         if self.stride not in strides[:4]:
             yield f"stride: expected one of {strides[:4]} (a level of model.channels), got {self.stride}"
-        if min((*self.channels, self.fusion_channels)) < 1:
-            yield "channels: expected at least 1 everywhere"
-        for name in ("drop_path", "dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                yield f"{name}: expected a probability below 1, got {getattr(self, name)}"
+        yield from outside(self, {"channels": (1, 8192), "fusion_channels": (1, 8192)})
+        yield from outside(self, {"drop_path": (0, 0.99), "dropout": (0, 0.99)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,12 +88,9 @@ class Loss:
         if self.topk <= 0 or (self.topk > 1 and self.topk != int(self.topk)):
             yield f"topk: expected a whole count from 1 or a share of cells in (0, 1), got {self.topk}"
         for name in ("gamma", "alpha"):
-            if getattr(self, name) != 0 and getattr(self, name) < 1:
-                yield f"{name}: expected 0 or at least 1 (between them the gradient is infinite), got {getattr(self, name)}"
-        if self.beta < 0:
-            yield f"beta: expected 0 or more, got {self.beta}"
-        if self.positive_weight < 0:
-            yield f"positive_weight: expected 0 or more, got {self.positive_weight}"
+            if getattr(self, name) != 0 and not 1 <= getattr(self, name) <= 100:
+                yield f"{name}: expected 0 or 1 to 100 (between 0 and 1 the gradient is infinite), got {getattr(self, name)}"
+        yield from outside(self, {"positive_weight": (0, 1e6), "beta": (0, 100), "positive_threshold": (0, 1)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,15 +109,11 @@ class Augment:
     mixup: float = 0.0  # probability that a sample is blended with its neighbour in the micro-batch
 
     def problems(self) -> Iterator[str]:
-        for name in ("flip", "turn", "affine", "intensity", "noise", "mixup"):
-            if not 0 <= getattr(self, name) <= 1:
-                yield f"{name}: expected a probability in [0, 1], got {getattr(self, name)}"
-        for name in ("scale", "contrast"):
-            if not 0 <= getattr(self, name) < 1:
-                yield f"{name}: expected a change in [0, 1), got {getattr(self, name)}"
-        for name in ("rotation_degrees", "shift", "brightness", "noise_level"):
-            if getattr(self, name) < 0:
-                yield f"{name}: expected 0 or more, got {getattr(self, name)}"
+        yield from outside(self, dict.fromkeys(("flip", "turn", "affine", "intensity", "noise", "mixup"), (0, 1)))
+        yield from outside(
+            self, {"scale": (0, 0.9), "contrast": (0, 0.9), "shift": (0, 1), "rotation_degrees": (0, 180)}
+        )
+        yield from outside(self, {"brightness": (0, 100), "noise_level": (0, 100)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,20 +140,13 @@ class Train:
     def problems(self) -> Iterator[str]:
         if self.batch_size < 1 or self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size:
             yield f"batch_size: expected a multiple of train.micro_batch_size={self.micro_batch_size}, got {self.batch_size}"
-        for name in ("steps", "log_every", "validate_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                yield f"{name}: expected at least 1, got {getattr(self, name)}"
-        if self.weight_decay < 0:
-            yield f"weight_decay: expected 0 or more, got {self.weight_decay}"
-        for name in ("warmup_share", "ema_decay", "floor_share"):
-            if not 0 <= getattr(self, name) < 1:
-                yield f"{name}: expected a share in [0, 1), got {getattr(self, name)}"
-        for name in ("learning_rate_backbone", "learning_rate_head", "max_gradient_norm"):
-            if getattr(self, name) <= 0:
-                yield f"{name}: expected a value above 0, got {getattr(self, name)}"
-        for name in ("workers", "seed"):
-            if getattr(self, name) < 0:
-                yield f"{name}: expected 0 or more, got {getattr(self, name)}"
+        yield from outside(
+            self, dict.fromkeys(("steps", "log_every", "validate_every", "checkpoint_every"), (1, 10**8))
+        )
+        yield from outside(self, {"batch_size": (1, 10**6), "workers": (0, 1024), "seed": (0, LARGEST_INT)})
+        yield from outside(self, {"learning_rate_backbone": (1e-12, 10), "learning_rate_head": (1e-12, 10)})
+        yield from outside(self, {"weight_decay": (0, 100), "max_gradient_norm": (1e-9, 1e9)})
+        yield from outside(self, {"warmup_share": (0, 0.99), "floor_share": (0, 0.99), "ema_decay": (0, 0.9999999)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,16 +161,10 @@ class Inference:
     max_picks: int = 50  # per tomogram
 
     def problems(self) -> Iterator[str]:
-        if any(size < 32 or size % 32 for size in self.tile_size):
+        if any(size % 32 for size in self.tile_size):
             yield f"tile_size: expected multiples of 32 voxels, got {list(self.tile_size)}"
-        if not 0 <= self.overlap < 1:
-            yield f"overlap: expected a share in [0, 1), got {self.overlap}"
-        if not 0 < self.min_score < 1:
-            yield f"min_score: expected a probability in (0, 1), got {self.min_score}"
-        if self.min_distance_angstrom < 0:
-            yield f"min_distance_angstrom: expected 0 or more Å, got {self.min_distance_angstrom}"
-        if self.max_picks < 1:
-            yield f"max_picks: expected at least 1, got {self.max_picks}"
+        yield from outside(self, {"tile_size": (32, 8192), "overlap": (0, 0.9), "min_score": (1e-6, 0.999999)})
+        yield from outside(self, {"min_distance_angstrom": (0, 1e6), "max_picks": (1, 10**5)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,17 +175,22 @@ class Evaluation:
     bootstrap_resamples: int = 2000  # of the tomograms
     confidence: float = 0.95  # of the intervals
     seed: int = 0  # of the bootstrap and of the random baseline
-    blob_sigmas_angstrom: tuple[float, ...] = (60.0, 90.0, 130.0, 180.0, 250.0)  # Å, tried by the baseline
+    blob_sigmas_angstrom: tuple[float, ...] = (
+        60.0,
+        90.0,
+        130.0,
+        180.0,
+        250.0,
+        350.0,
+        500.0,
+    )  # Å, tried by the baseline
 
     def problems(self) -> Iterator[str]:
-        if self.tolerance_angstrom <= 0 or self.beta <= 0 or self.bootstrap_resamples < 100:
-            yield "tolerance_angstrom, beta: expected values above 0; bootstrap_resamples: at least 100"
-        if self.seed < 0:
-            yield f"seed: expected 0 or more, got {self.seed}"
-        if not 0.5 <= self.confidence < 1:
-            yield f"confidence: expected a share in [0.5, 1), got {self.confidence}"
-        if not self.blob_sigmas_angstrom or min(self.blob_sigmas_angstrom) <= 0:
-            yield "blob_sigmas_angstrom: expected at least one length above 0 Å"
+        yield from outside(self, {"tolerance_angstrom": (1e-3, 1e6), "beta": (0.01, 100), "confidence": (0.5, 0.9999)})
+        yield from outside(self, {"bootstrap_resamples": (100, 10**6), "seed": (0, LARGEST_INT)})
+        yield from outside(self, {"blob_sigmas_angstrom": (1, 1e5)})
+        if not self.blob_sigmas_angstrom:
+            yield "blob_sigmas_angstrom: expected at least one length"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -106,7 +106,7 @@ def patches_of(folder: Path, label: LabelledTomogram) -> list[Path] | None:
     try:
         content = json.loads(marker.read_bytes())
         names, labels = [str(name) for name in content["patches"]], content["labels"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None  # a damaged marker: the tomogram is converted again
     files = [marker.parent / name for name in names]
     return files if labels == label_digest(label) and all(file.exists() for file in files) else None
@@ -143,6 +143,9 @@ def produce(jobs: list[Job], messages: "Connection[Message, Message]") -> None:
             messages.send(("done", job.label.tomo_id, len(plans)))
         except UserError as error:
             messages.send(("failed", job.label.tomo_id, error.problems))
+        except MemoryError as error:
+            problem = f"{job.path}: out of memory ({error}); fewer convert.producers or smaller patches need less"
+            messages.send(("failed", job.label.tomo_id, [problem]))
     messages.send(("end", "", None))
 
 

@@ -13,6 +13,9 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from common.errors import end_imports_quietly
+
+    end_imports_quietly()
 
 from common.command import parse_config, script_parser
 from common.errors import BAD_DATA, run_script

@@ -15,6 +15,9 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from common.errors import end_imports_quietly
+
+    end_imports_quietly()
 
 import dataclasses
 import json
@@ -25,6 +28,7 @@ from common.command import change_parser, split_changes
 from common.config import as_yaml, configure
 from common.errors import config_error, run_script
 from common.files import write_text
+from common.lock import exclusive
 from common.memory import keep_freed_memory
 from motor_detection.config import KAGGLE, Config
 from motor_detection.evaluation import (
@@ -133,13 +137,19 @@ def main(arguments: list[str]) -> int:
         print(as_yaml(members[0][1]), end="")
         return 0
     check_members([config for _, config in members], runs)
+    with exclusive(flags.output):
+        pool(members, runs, flags.output, device)
+    return 0
+
+
+def pool(members: list[Member], runs: list[Path], output: Path, device: torch.device) -> None:
+    """Pick every fold, judge them together, write and print."""
     picked = [pick_own_fold(model, config, run, device) for (model, config), run in zip(members, runs, strict=True)]
     figures = judge_pooled(picked, members[0][1])
-    write_text(flags.output / "crossval.json", json.dumps(figures, indent=2) + "\n")
-    write_picks_csv(flags.output / "picks_out_of_fold.csv", [one.picks for fold in picked for one in fold])
+    write_text(output / "crossval.json", json.dumps(figures, indent=2) + "\n")
+    write_picks_csv(output / "picks_out_of_fold.csv", [one.picks for fold in picked for one in fold])
     print(summary(figures, members[0][1]))
-    print(flags.output / "crossval.json", flags.output / "picks_out_of_fold.csv", sep="\n")
-    return 0
+    print(output / "crossval.json", output / "picks_out_of_fold.csv", sep="\n")
 
 
 def summary(figures: dict[str, float | int | None], config: Config) -> str:

@@ -40,6 +40,7 @@ class Patches:
 
     train: list[Path]
     validation: list[Path]
+    patch_size: tuple[int, int, int]
     max_motors: int  # the most that any of them can hold
     tomograms: list[str]  # "train TOMO_ID" and "validation TOMO_ID"
     digest: str  # of roles, labels and files: changes with whatever training reads
@@ -75,7 +76,7 @@ def choose_patches(config: Config, folder: Path, tomograms: list[LabelledTomogra
     ]
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     most = max(1, max(len(tomogram.motors) for tomogram in tomograms))
-    return Patches(chosen[0], chosen[1], most, names, digest), warnings
+    return Patches(chosen[0], chosen[1], config.convert.patch_size, most, names, digest), warnings
 
 
 def check_settings(folder: Path, settings: ConvertSettings) -> None:
@@ -104,15 +105,24 @@ def list_patches(folder: Path, tomograms: list[LabelledTomogram]) -> tuple[list[
     return patches, missing
 
 
-def load_sample(path: Path, max_motors: int, position: int, index: int) -> Sample | UserError:
+def load_sample(
+    path: Path, patch_size: tuple[int, int, int], max_motors: int, position: int, index: int
+) -> Sample | UserError:
     """One patch file as a batch of one; an unreadable one is returned as its error."""
     try:
         arrays = read_patch(path, ("patch", "motors", "spacing_angstrom", "intensity"))
     except UserError as error:
         return error
+    found = {name: array.shape for name, array in arrays.items()}
+    rows = len(arrays["motors"])
+    if found != {"patch": patch_size, "motors": (rows, 3), "spacing_angstrom": (3,), "intensity": (2,)}:
+        return data_error(f"{path}: holds arrays of the shapes {found}; delete it and run convert.py again")
+    if rows > max_motors or not np.isfinite(arrays["motors"]).all() or not (arrays["spacing_angstrom"] > 0).all():
+        return data_error(
+            f"{path}: its motors or spacing contradict the label table; delete it and run convert.py again"
+        )
     motors = np.full((max_motors, 3), np.nan, np.float32)
-    assert len(arrays["motors"]) <= max_motors, f"{path} holds {len(arrays['motors'])} motors, more than {max_motors}"
-    motors[: len(arrays["motors"])] = arrays["motors"]
+    motors[:rows] = arrays["motors"]
     return Sample(
         torch.from_numpy(arrays["patch"])[None, None],
         torch.from_numpy(arrays["intensity"])[None],
@@ -133,10 +143,17 @@ def stack(samples: list[Sample | UserError]) -> Sample | UserError:
 
 def next_batch(loader: Iterable[Sample | UserError]) -> Iterator[Sample]:
     """The batches of a loader. Errors come as items, because a worker process would wrap what it raises in a traceback."""
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    try:
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise data_error(
+            "train.workers: a reading process died (out of memory?); the same command with fewer workers continues"
+        ) from error
 
 
 def to_device(batch: Sample, device: torch.device) -> Sample:
@@ -155,12 +172,13 @@ class PatchStream(Dataset[Sample | UserError]):
     """Item p is the p-th patch the run ever sees: all patches in a fresh order every epoch, endless."""
 
     patches: list[Path]
+    patch_size: tuple[int, int, int]
     max_motors: int
     seed: int
 
     def __getitem__(self, position: int) -> Sample | UserError:
         _, index = epoch_and_index(position, len(self.patches), self.seed)
-        return load_sample(self.patches[index], self.max_motors, position, index)
+        return load_sample(self.patches[index], self.patch_size, self.max_motors, position, index)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +186,8 @@ class PatchList(Dataset[Sample | UserError]):
     """Item i is the i-th patch file."""
 
     patches: list[Path]
+    patch_size: tuple[int, int, int]
     max_motors: int
 
     def __getitem__(self, index: int) -> Sample | UserError:
-        return load_sample(self.patches[index], self.max_motors, index, index)
+        return load_sample(self.patches[index], self.patch_size, self.max_motors, index, index)

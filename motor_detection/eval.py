@@ -15,18 +15,23 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from common.errors import end_imports_quietly
+
+    end_imports_quietly()
 
 import torch
 
 from common.command import parse_config, script_parser
+from common.config import as_yaml
 from common.errors import config_error, run_script
 from common.files import read_text, write_text
+from common.lock import exclusive
 from common.logbook import read_metrics
 from common.memory import keep_freed_memory
 from common.report import Section, write_report
 from motor_detection.config import PRESETS, Config
 from motor_detection.evaluation import Blobs, Picked, blobs_of, choose_blobs, curve_of, evaluate, pick_fold
-from motor_detection.figures import draw_learning_curve, draw_picks, draw_precision_recall, view_of
+from motor_detection.figures import LEARNING_CURVE, draw_learning_curve, draw_picks, draw_precision_recall, view_of
 from motor_detection.inference import check_unseen, inference_device, load_model, rounding_cost, working_copy
 from motor_detection.labels import LabelledTomogram
 from motor_detection.model_defs.motoridentifier import MotorIdentifier
@@ -78,6 +83,7 @@ def measure(config: Config, folder: Path) -> dict[str, float | int | str]:
     best = folder / "checkpoints" / "best.pt"
     check_unseen(best, ("train",), folds["validation"])
     check_unseen(best, ("train", "validation"), folds["test"])
+    records = read_metrics(folder / "metrics.csv", ("step", "loss", *LEARNING_CURVE))
     tell_rounding(model, folds["validation"][0], paths, config, device)
     models = [working_copy(model, config.inference.precision)]
     picked = {name: pick_fold(fold, paths, models, config, device, f"picking {name}") for name, fold in folds.items()}
@@ -89,7 +95,7 @@ def measure(config: Config, folder: Path) -> dict[str, float | int | str]:
     figures = evaluate(picked["validation"], picked["test"], blobs, config.evaluation)
     valid = {name: None if value != value else value for name, value in figures.items()}  # JSON knows no NaN
     write_text(folder / "results" / "metrics.json", json.dumps(valid, indent=2) + "\n")
-    draw_everything(picked["test"], blobs, figures, config, folder)
+    draw_everything(picked["test"], blobs, figures, records, config, folder)
     return figures
 
 
@@ -105,7 +111,12 @@ def tell_rounding(
 
 
 def draw_everything(
-    test: list[Picked], blobs: Blobs, figures: dict[str, float | int | str], config: Config, folder: Path
+    test: list[Picked],
+    blobs: Blobs,
+    figures: dict[str, float | int | str],
+    records: list[dict[str, float]],
+    config: Config,
+    folder: Path,
 ) -> None:
     """The pictures and the report of one evaluation."""
     pictures = folder / "figures"
@@ -119,7 +130,7 @@ def draw_everything(
     spread = [*shown[:3], *shown[len(shown) // 2 : len(shown) // 2 + 2], *shown[-1:]]
     views = [view_of(one, threshold) for one in spread[:SHOWN_TOMOGRAMS]]
     draw_picks(views, settings.tolerance_angstrom, pictures / "picks.png")
-    draw_learning_curve(read_metrics(folder / "metrics.csv"), pictures / "learning_curve.png")
+    draw_learning_curve(records, pictures / "learning_curve.png")
     write_report(folder / "report.html", f"motor_detection: {folder.name}", sections_of(figures, config, folder))
 
 
@@ -138,7 +149,7 @@ def sections_of(figures: dict[str, float | int | str], config: Config, folder: P
         Section("Picks", "", [], pictures / "picks.png", ""),
         Section("Precision and recall", "", [], pictures / "precision_recall.png", ""),
         Section("Learning curve", "", [], pictures / "learning_curve.png", ""),
-        Section("Config", "", [], None, read_text(folder / "config.yaml")),
+        Section("Config", "", [], None, as_yaml(config)),
         Section("Environment", "", [], None, read_text(folder / "environment.json")),
     ]
 
@@ -149,7 +160,8 @@ def summary(figures: dict[str, float | int | str], config: Config) -> str:
     return "\n".join(
         [
             f"test {name.upper()} {figures[name]:.3f} ({interval_in_words(figures, name, config)}, n = {figures['n']} "
-            f"tomograms, {figures['n_with_motor']} with motors)",
+            f"tomograms, {figures['n_with_motor']} with motors; {config.evaluation.task.replace('_', ' ')}, "
+            f"{config.evaluation.tolerance_angstrom:g} Å)",
             f"  precision {figures['precision']:.3f}, recall {figures['recall']:.3f} at threshold "
             f"{figures['threshold']:.3f} (chosen on {figures['validation_n']} validation tomograms)",
             f"  localisation error {figures['localisation_error_angstrom']:.0f} Å (median)",
@@ -178,7 +190,10 @@ def main(arguments: list[str]) -> int:
             f"--run: no trained weights in {folder.absolute()}; train with the same words first, or give --run FOLDER"
         )
     keep_freed_memory()
-    figures = measure(config, folder)
+    if (folder / "results" / "metrics.json").exists():
+        print("note: these test tomograms were judged before; the best of several looks is not an honest figure")
+    with exclusive(folder / "results"):
+        figures = measure(config, folder)
     print(summary(figures, config))
     best = folder / "checkpoints" / "best.pt"
     print(f"to use it: predict.py --checkpoint {best} --threshold {figures['threshold']:.3f} --input ...")

@@ -74,6 +74,7 @@ def pick_fold(
     description: str,
 ) -> list[Picked]:
     """Picks of the network in every tomogram of a fold."""
+    print(f"{description}: {len(labelled)} tomograms", flush=True)
     picked = []
     for label in progress(labelled, description, len(labelled), True):
         tomogram = open_tomogram(paths[label.tomo_id], label, config.data.voxel_spacing_angstrom)
@@ -196,6 +197,8 @@ def evaluate(
     error = localisation_error(answered(test, settings), threshold, settings.tolerance_angstrom)
     tp, fp, fn = (int(total) for total in ours.counts.sum(0))
     return {
+        "task": settings.task,
+        "tolerance_angstrom": settings.tolerance_angstrom,
         name: ours.f_beta.estimate,
         f"{name}_low": ours.f_beta.low,
         f"{name}_high": ours.f_beta.high,

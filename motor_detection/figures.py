@@ -14,8 +14,13 @@ from common.files import write_atomically
 from common.metrics.detection import DetectionCurve
 from motor_detection.evaluation import Picked
 
+LEARNING_CURVE = {  # figures of a validation and their words
+    "average_precision": "average precision",
+    "soft_dice": "soft Dice",
+    "top_10_accuracy": "peak among the top 10 cells",
+}
 SCALE_BAR_ANGSTROM = 1000.0
-SLICE_REACH_ANGSTROM = 150.0  # how far from a slice a point is still drawn on it
+SLICE_REACH_ANGSTROM = 250.0  # how far from a slice a point is still drawn on it; about a C-ring's radius
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,16 +47,17 @@ def draw_learning_curve(records: list[dict[str, float]], path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4))
     steps, losses = [record["step"] for record in records], [record["loss"] for record in records]
     left.plot(steps, losses, color="0.8", lw=0.8, label="training, single batches")
-    window = max(1, len(losses) // 20)
+    window = max(1, len(losses) // 9)
     smooth = np.convolve(losses, np.ones(window) / window, "valid")
     left.plot(steps[window - 1 :], smooth, color="0.4", lw=1.5, label=f"training, mean of {window}")
     steps = [record["step"] for record in validated]
-    left.plot(steps, [r["validation_loss"] for r in validated], color="C0", marker=".", label="validation")
-    left.set(xlabel="optimizer step", ylabel="loss", yscale="log")
-    for name, label in (("average_precision", "average precision"), ("soft_dice", "soft Dice"),
-                        ("top_10_accuracy", "peak among the top 10 cells")):  # fmt: skip
+    left.plot(
+        steps, [r["validation_loss"] for r in validated], color="C0", marker=".", label="validation (averaged weights)"
+    )
+    left.set(xlabel="optimizer step", ylabel="loss", ylim=(0, None))
+    for name, label in LEARNING_CURVE.items():
         right.plot(steps, [record[name] for record in validated], label=label, marker=".")
-    right.set(xlabel="optimizer step", ylabel="validation patches", ylim=(0, 1.02))
+    right.set(xlabel="optimizer step", ylabel="on validation patches", ylim=(0, 1.02), xlim=left.get_xlim())
     for axes in (left, right):
         axes.legend(frameon=False, fontsize=8)
         axes.grid(alpha=0.25)
@@ -76,7 +82,7 @@ def draw_precision_recall(curves: dict[str, tuple[DetectionCurve, float]], path:
 def draw_picks(shown: list[PickView], tolerance_angstrom: float, path: Path) -> None:
     """The slice through each tomogram's best pick, from above (x-y) and from the side (x-z), all axes to scale.
 
-    Green circles: true motors; orange crosses: picks above the threshold. Motors and picks within 150 angstrom of the
+    Green circles: true motors; orange crosses: picks above the threshold. Motors and picks within 250 angstrom of the
     slice are drawn. The white bar is 1000 angstrom long.
     """
     heights = [max(view.slices[row].shape[0] / view.slices[row].shape[1] for view in shown) for row in range(2)]
@@ -89,15 +95,17 @@ def draw_picks(shown: list[PickView], tolerance_angstrom: float, path: Path) -> 
             panel.imshow(view.slices[row], cmap="gray", interpolation="nearest")
             mark_points(panel, view, across, horizontal, vertical)
             height, edge = view.slices[row].shape
-            length = SCALE_BAR_ANGSTROM / view.spacing_angstrom[2]
-            panel.plot([0.05 * edge, 0.05 * edge + length], [0.94 * height] * 2, color="white", lw=2.5)
+            if row == 0:
+                length = SCALE_BAR_ANGSTROM / view.spacing_angstrom[2]
+                panel.plot([0.05 * edge, 0.05 * edge + length], [0.94 * height] * 2, color="white", lw=2.5)
             panel.set(xticks=[], yticks=[], xlim=(-0.5, edge - 0.5), ylim=(height - 0.5, -0.5))
             panel.set_anchor("N")  # titles in one line, whatever the heights
         axes[0][column].set_title(view.title, fontsize=8)
     axes[0][0].set_ylabel("from above", fontsize=8)
     axes[1][0].set_ylabel("from the side", fontsize=8)
     figure.suptitle(
-        f"green: true motor   orange: pick, right within {tolerance_angstrom:g} Å   bar: {SCALE_BAR_ANGSTROM:g} Å",
+        f"green: true motor, orange: pick above the threshold (right if within {tolerance_angstrom:g} Å of a motor), "
+        f"both within {SLICE_REACH_ANGSTROM:g} Å of the slice; bar: {SCALE_BAR_ANGSTROM:g} Å",
         fontsize=9,
     )
     save_figure(figure, path)
@@ -127,5 +135,6 @@ def view_of(picked: Picked, threshold: float) -> PickView:
     motors = (
         {0: "no motor", 1: "1 motor"}[len(scored.truths)] if len(scored.truths) < 2 else f"{len(scored.truths)} motors"
     )
-    title = f"{picked.picks.tomo_id}\n{motors}, {score}"
+    verdict = "answered" if len(kept) else "no answer"
+    title = f"{picked.picks.tomo_id}: {motors}\n{score}, {verdict}"
     return PickView((above, side), scored.truths, kept, centre, spacing, title)

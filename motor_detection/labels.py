@@ -17,6 +17,8 @@ from common.volumes import FILE_SUFFIXES, SLICE_SUFFIXES
 NUM_FOLDS = 4  # of the relabelled table; the original one has no folds and gets as many
 EXCLUDED_FOLD = -1
 NO_MOTOR = -1.0  # on all three axes of a row
+SMALLEST_SPACING, LARGEST_SPACING = 0.1, 1000.0  # angstrom per voxel: anything else is another unit
+LARGEST_NUMBER = 1 << 20  # voxels along an axis, motors, folds
 SHOWN_NAMES = 5  # of a long list; their number stands beside
 
 ORIGINAL_MOTOR = ("Motor axis 0", "Motor axis 1", "Motor axis 2")  # z, y, x in voxels
@@ -172,8 +174,8 @@ def whole_number(row: dict[str, str], field: str, smallest: int, where: str, pro
     value = number(row, field, where, problems)
     if math.isnan(value):
         return smallest - 1
-    if value < smallest or value != int(value):
-        expected = f"a whole number >= {smallest}"
+    if not smallest <= value <= LARGEST_NUMBER or value != int(value):
+        expected = f"a whole number from {smallest} to {LARGEST_NUMBER}"
         problems.append(f"{where}: '{field}' is '{row[field]}' (expected {expected}): correct the row or remove it")
         return smallest - 1
     return int(value)
@@ -185,8 +187,9 @@ def shape_and_spacing(
     """Voxels along z, y, x (0 where noted as a problem) and angstrom per voxel."""
     z, y, x = (whole_number(row, field, 1, where, problems) for field in shape_fields)
     spacing = number(row, spacing_field, where, problems)
-    if spacing <= 0:
-        problems.append(f"{where}: '{spacing_field}' is {spacing} angstrom (expected > 0): take it from the microscope")
+    if not math.isnan(spacing) and not SMALLEST_SPACING <= spacing <= LARGEST_SPACING:
+        expected = f"expected {SMALLEST_SPACING:g} to {LARGEST_SPACING:g}"
+        problems.append(f"{where}: '{spacing_field}' is {spacing:g} angstrom ({expected}): take it from the microscope")
     return (z, y, x), spacing
 
 
@@ -197,7 +200,7 @@ def fractions(text: str, where: str, problems: list[str]) -> npt.NDArray[np.floa
         rows = rows.reshape(-1, 3) if rows.size == 0 else rows
         if rows.ndim == 2 and rows.shape[1] == 3 and np.isfinite(rows).all():
             return rows
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError, OverflowError):
         pass  # reported below, like text of the wrong shape
     expected = "[] or a list of finite fractions (z, y, x) like [(0.5, 0.25, 0.75)]"
     problems.append(f"{where}: 'coordinates' is {text[:80]!r} (expected {expected}): correct the row")

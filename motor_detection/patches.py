@@ -1,7 +1,6 @@
 """Where training patches are cut out of a tomogram, and the file of each."""
 
 import dataclasses
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -9,14 +8,23 @@ from typing import Any, Literal
 import numpy as np
 
 from common.errors import data_error
-from common.files import write_atomically
+from common.files import parsing, write_atomically
 from common.streams import random_for
 from motor_detection.config import Convert
 from motor_detection.labels import LabelledTomogram
 
 PatchType = Literal["single", "multi", "hard_negative", "negative"]
 MARGIN = 16  # voxels that a wanted motor keeps from the patch's faces, where the volume allows it
-PATCH_ARRAYS = ("patch", "heatmap", "patch_type", "motors", "origin", "spacing_angstrom", "intensity", "tomo_id")
+PATCH_ARRAYS: dict[str, tuple[np.dtype[Any], int]] = {  # dtype and number of axes
+    "patch": (np.dtype(np.uint8), 3),
+    "heatmap": (np.dtype(np.float32), 3),
+    "patch_type": (np.dtype(np.str_), 0),
+    "motors": (np.dtype(np.float32), 2),
+    "origin": (np.dtype(np.int32), 1),
+    "spacing_angstrom": (np.dtype(np.float32), 1),
+    "intensity": (np.dtype(np.float32), 1),
+    "tomo_id": (np.dtype(np.str_), 0),
+}
 TRIES = 50  # random origins tried before a wanted patch is given up
 
 
@@ -146,8 +154,12 @@ def write_patch(path: Path, arrays: dict[str, Any]) -> None:
 
 def read_patch(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Some arrays of one patch file (of PATCH_ARRAYS); a data error (exit code 1) names a file that is not one."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in names}
-    except (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
-        raise data_error(f"{path}: not a readable patch ({error}); delete it and run convert.py again") from error
+    with parsing(path, "delete it and run convert.py again"), np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in names}
+    for name, array in arrays.items():
+        dtype, axes = PATCH_ARRAYS[name]
+        fits = array.dtype.kind == "U" if dtype.kind == "U" else array.dtype == dtype
+        if not fits or array.ndim != axes:
+            found = f"{name} is {array.ndim}D {array.dtype} (expected {axes}D {dtype})"
+            raise data_error(f"{path}: {found}; delete it and run convert.py again")
+    return arrays

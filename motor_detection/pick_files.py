@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError, config_error, data_error
-from common.files import read_text, write_text
+from common.files import parsing, read_text, write_text
 
 TOMO_ID = re.compile(r"[A-Za-z0-9][^\s/\\,\"'#]*")  # safe as a CSV cell, a STAR token and a folder name
 RESERVED = ("data_", "loop_", "save_", "global_", "stop_")  # words of the STAR format, in any case
@@ -229,7 +229,8 @@ def _csv_text(rows: list[list[str]]) -> str:
 
 def _csv_rows(path: Path, columns: tuple[str, ...]) -> list[tuple[int, dict[str, str]]]:
     """Line number and cells by column name of every row; a data error for a missing column or a ragged row."""
-    rows = list(csv.reader(io.StringIO(read_text(path))))
+    with parsing(path, "delete it; the same predict.py call picks it again"):
+        rows = list(csv.reader(io.StringIO(read_text(path))))
     header = rows[0] if rows else []
     missing = [column for column in columns if column not in header]
     if missing:

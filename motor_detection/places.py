@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from common.config import as_yaml, fingerprint
+from common.config import UNREADABLE_YAML, as_yaml, fingerprint
 from common.errors import config_error, data_error
 from data.phantoms.motor import write_phantom
 from motor_detection.config import Config, Convert, Data, Heatmap
@@ -44,7 +44,7 @@ def same_cut(recorded: str, settings: str) -> bool:
     """Whether two texts of ConvertSettings cut the same patches; their heat maps may differ."""
     try:
         one, other = yaml.safe_load(recorded), yaml.safe_load(settings)
-    except (yaml.YAMLError, ValueError):
+    except UNREADABLE_YAML:
         return False
     names = ("convert", "voxel_spacing_angstrom")
     return isinstance(one, dict) and all(name in one and one[name] == other[name] for name in names)

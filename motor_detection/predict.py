@@ -3,6 +3,7 @@
 python motor_detection/predict.py --checkpoint runs/motor_detection/phantom-1a2b3c4d/checkpoints/best.pt --input tomo_1
 python motor_detection/predict.py --checkpoint fold0.pt --checkpoint fold1.pt --input tomograms/ --threshold 0.4
 python motor_detection/predict.py --checkpoint best.pt --input a.mrc b.rec data.voxel_spacing_angstrom=13.1
+python motor_detection/predict.py --checkpoint best.pt --input train/ --labels labels.csv
 
 --input takes slice folders, .npy, .mrc, .rec and .map files, or a folder of those. Writes into --output
 (inference_results/): picks.csv (every pick with voxel and Å position and score), submission.csv (the best pick per
@@ -16,6 +17,9 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from common.errors import end_imports_quietly
+
+    end_imports_quietly()
 
 import argparse
 import dataclasses
@@ -28,7 +32,7 @@ import torch
 from common.command import ScriptParser, change_parser, split_changes
 from common.config import as_yaml, configure
 from common.errors import BAD_DATA, UserError, config_error, data_error, run_script
-from common.files import read_text, write_text
+from common.files import parsing, read_text, write_text
 from common.lock import exclusive
 from common.logbook import progress
 from common.memory import keep_freed_memory
@@ -44,6 +48,7 @@ from motor_detection.inference import (
     rounding_cost,
     working_copy,
 )
+from motor_detection.labels import LabelledTomogram, read_labels
 from motor_detection.model_defs.motoridentifier import MotorIdentifier
 from motor_detection.pick_files import (
     TomogramPicks,
@@ -105,7 +110,11 @@ def load_ensemble(checkpoints: list[Path], flags: argparse.Namespace) -> tuple[l
 
 
 def predict(
-    paths: list[Path], models: list[MotorIdentifier], config: Config, output: Path
+    paths: list[Path],
+    labels: dict[str, LabelledTomogram],
+    models: list[MotorIdentifier],
+    config: Config,
+    output: Path,
 ) -> tuple[list[TomogramPicks], list[str]]:
     """Picks of every tomogram finished in this folder; and the problems of those that could not be read."""
     device = inference_device()
@@ -113,14 +122,21 @@ def predict(
     problems = []
     told = config.inference.precision == "float32"
     for path in progress(paths, "picking", len(paths), True):
-        finished = output / "tomograms" / f"{tomogram_name(path)}.csv"
-        source, origin = finished.with_suffix(".source"), f"{ascii(str(path.resolve()))} {path.stat().st_mtime_ns}\n"
-        if finished.exists() and source.exists() and source.read_bytes() == origin.encode():
+        name = tomogram_name(path)
+        label = labels[name] if name in labels else None
+        finished = output / "tomograms" / f"{name}.csv"
+        spacing = label.spacing_angstrom if label is not None else config.data.voxel_spacing_angstrom
+        source, origin = finished.with_suffix(".source"), stamp(path, spacing)
+        if (
+            finished.exists()
+            and source.exists()
+            and source.read_bytes().decode(errors="replace") == sealed(origin, finished)
+        ):
             continue
         for old in (source, finished):  # of a tomogram that has changed, or of the same name from elsewhere
             old.unlink(missing_ok=True)
         try:
-            tomogram = open_tomogram(path, None, config.data.voxel_spacing_angstrom)
+            tomogram = open_tomogram(path, label, config.data.voxel_spacing_angstrom)
             for warning in spacing_warnings(tomogram):
                 print(f"warning: {warning}")
             if not told:
@@ -129,7 +145,7 @@ def predict(
                 told = True
             found = picks_of(tomogram, working, config, device)
             write_picks_csv(finished, [found])
-            write_text(source, origin)
+            write_text(source, sealed(origin, finished))
         except UserError as error:
             problems += error.problems
             print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
@@ -137,6 +153,19 @@ def predict(
     if len(every) > len(paths) - len(problems):
         print(f"{output} holds {len(every)} finished tomograms, of this and earlier calls; --fresh forgets them")
     return [picks for path in every for picks in read_picks_csv(path)], problems
+
+
+def stamp(path: Path, spacing_angstrom: float) -> str:
+    """Where a tomogram lies, the newest time and the sum of the sizes of its files, and the spacing it was given."""
+    files = list(path.iterdir()) if path.is_dir() else [path]
+    times, sizes = [file.stat().st_mtime_ns for file in files], [file.stat().st_size for file in files]
+    content = f"{len(files)} files, {max(times, default=0)} ns, {sum(sizes)} bytes"
+    return f"{ascii(str(path.resolve()))} {content}, {spacing_angstrom:g} Å\n"
+
+
+def sealed(origin: str, finished: Path) -> str:
+    """A stamp together with the digest of the picks that came from it, so that neither is taken without the other."""
+    return f"{origin}{hashlib.sha256(finished.read_bytes()).hexdigest()}\n"
 
 
 def picks_of(tomogram: Tomogram, models: list[MotorIdentifier], config: Config, device: torch.device) -> TomogramPicks:
@@ -170,21 +199,36 @@ def usual_threshold(checkpoints: list[Path]) -> float:
     if len(checkpoints) > 1 or not judged.exists() or judged.stat().st_mtime < checkpoints[0].stat().st_mtime:
         print("threshold of submission.csv: 0.5 (eval.py chooses a better one; --threshold gives it)")
         return 0.5
-    try:
-        threshold = float(json.loads(read_text(judged))["threshold"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise data_error(f"{judged}: damaged ({error!r}); run eval.py again, or give --threshold") from error
+    with parsing(judged, "run eval.py again, or give --threshold"):
+        figures = json.loads(read_text(judged))
+        threshold = float(figures["threshold"])
+        if not 0 < threshold <= 1:
+            raise ValueError(f"threshold {threshold}")
+        fits = figures["task"] == "one_per_tomogram"
+    if not fits:
+        print("threshold of submission.csv: 0.5 (eval.py chose one for every motor, not for one answer per tomogram)")
+        return 0.5
     print(f"threshold of submission.csv: {threshold:.3f}, from {judged}")
     return threshold
 
 
-def claim_output(output: Path, config: Config, checkpoints: list[Path]) -> None:
-    """Finished tomograms are only kept where they came from the same weights and constants."""
+def claim_output(output: Path, config: Config, checkpoints: list[Path], fresh: bool) -> None:
+    """Finished tomograms are only kept where they came from the same weights and constants; fresh forgets them.
+
+    The voxel spacing may differ from call to call: it is part of every tomogram's own stamp.
+    """
     weights = [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in checkpoints]
-    text = f"# weights {' '.join(weights)}\n{as_yaml(config)}"
+    same = dataclasses.replace(config, data=dataclasses.replace(config.data, voxel_spacing_angstrom=0.0))
+    text = f"# weights {' '.join(weights)}\n{as_yaml(same)}"
     recorded = output / "config.yaml"
-    other = recorded.exists() and read_text(recorded) != text
-    if other and any((output / "tomograms").glob("*.csv")):
+    if recorded.exists() and not read_text(recorded).startswith("# weights"):
+        raise config_error(f"--output {output}: holds a config.yaml of something else (a run?); give another folder")
+    tables, stamps = (output / "tomograms").glob("*.csv"), (output / "tomograms").glob("*.source")
+    if fresh:
+        for old in [*tables, *stamps]:
+            old.unlink()
+        shutil.rmtree(output / "copick", ignore_errors=True)
+    elif recorded.exists() and read_text(recorded) != text and any(tables):
         raise config_error(
             f"--output {output}: holds picks of other weights or constants; give another folder, or --fresh"
         )
@@ -197,6 +241,8 @@ def flag_parser() -> ScriptParser:
     parser.add_argument("--checkpoint", type=Path, action="append", required=True, metavar="FILE.pt",
                         help="best.pt of a run; repeat for an ensemble")  # fmt: skip
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="tomograms, or folders of them")
+    parser.add_argument("--labels", type=Path, metavar="FILE.csv",
+                        help="a label table: the voxel spacing of the tomograms that it names")  # fmt: skip
     parser.add_argument("--output", type=Path, default=Path("inference_results"), metavar="FOLDER")
     parser.add_argument("--threshold", type=float,
                         help="of submission.csv (default: what eval.py chose for the checkpoint's run, or 0.5)")  # fmt: skip
@@ -219,17 +265,6 @@ def check_flags(flags: argparse.Namespace) -> None:
         raise config_error(f"--tilt-series-pixel {flags.tilt_series_pixel}: expected 0.1 to 1000 Å")
 
 
-def forget(output: Path) -> None:
-    """Delete what earlier calls have finished in an output folder."""
-    for old in [
-        *(output / "tomograms").glob("*.csv"),
-        *(output / "tomograms").glob("*.source"),
-        output / "config.yaml",
-    ]:
-        old.unlink(missing_ok=True)
-    shutil.rmtree(output / "copick", ignore_errors=True)
-
-
 def main(arguments: list[str]) -> int:
     flags = flag_parser().parse_intermixed_args(arguments)
     check_flags(flags)
@@ -237,16 +272,15 @@ def main(arguments: list[str]) -> int:
     changes, inputs = split_changes(flags.input)  # --input takes them too
     flags.changes += changes
     paths = find_inputs([Path(word) for word in inputs])
+    labels = {label.tomo_id: label for label in read_labels(flags.labels)[0]} if flags.labels is not None else {}
     models, config = load_ensemble(flags.checkpoint, flags)
     if flags.print_config:
         print(as_yaml(config), end="")
         return 0
     threshold = flags.threshold if flags.threshold is not None else usual_threshold(flags.checkpoint)
     with exclusive(flags.output):
-        if flags.fresh:
-            forget(flags.output)
-        claim_output(flags.output, config, flags.checkpoint)
-        picks, problems = predict(paths, models, config, flags.output)
+        claim_output(flags.output, config, flags.checkpoint, flags.fresh)
+        picks, problems = predict(paths, labels, models, config, flags.output)
         if picks:
             written = write_all(picks, flags.output, threshold, flags.tilt_series_pixel)
             above = sum(int((one.scores >= threshold).sum()) for one in picks)

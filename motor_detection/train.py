@@ -15,9 +15,13 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from common.errors import end_imports_quietly
+
+    end_imports_quietly()
 
 import torch.distributed as dist
 
+from common.checkpoint import load_checkpoint
 from common.command import parse_config, script_parser
 from common.errors import data_error, run_script
 from common.lock import exclusive
@@ -29,17 +33,17 @@ from motor_detection.convert import convert
 from motor_detection.dataset import Patches, choose_patches
 from motor_detection.figures import draw_learning_curve
 from motor_detection.places import clear_run, read_tomograms, resolve_data, run_folder, training_identity
-from motor_detection.trainer import check_hardware, train
+from motor_detection.trainer import KIND, check_hardware, train
 
 
-def prepare(config: Config, folder: Path, fresh: bool) -> None:
-    """Of the phantom the tomograms and patches, on first use; of a fresh run an empty folder."""
+def prepare(config: Config) -> None:
+    """Of the phantom the tomograms and patches, on first use; of other runs the weights to start from are looked at."""
     if config.data.source == "phantom":
         summary = convert(config, False, config.data.test_fold)
         if summary.failed:
             raise data_error(*summary.failed)
-    if fresh:
-        clear_run(folder)
+    if config.train.start_from is not None:
+        load_checkpoint(config.train.start_from, KIND, {"weights": dict})
 
 
 def find_patches(config: Config, told: bool) -> Patches:
@@ -47,8 +51,8 @@ def find_patches(config: Config, told: bool) -> Patches:
     data = resolve_data(config)
     labelled, _ = read_tomograms(data, told)
     patches, warnings = choose_patches(config, data.patches, labelled)
-    for warning in warnings if told else []:
-        print(f"warning: {warning}")
+    for line in [*(f"warning: {warning}" for warning in warnings), f"patches: {data.patches}"] if told else []:
+        print(line)
     return patches
 
 
@@ -61,8 +65,10 @@ def main(arguments: list[str]) -> int:
     with process_group(config.train.deterministic) as device, ExitStack() as held:
         first_rank_does(lambda: check_hardware(config, device))
         first_rank_does(lambda: held.enter_context(exclusive(folder)))
-        first_rank_does(lambda: prepare(config, folder, flags.fresh))
+        first_rank_does(lambda: prepare(config))
         patches = all_ranks_do(lambda: find_patches(config, dist.get_rank() == 0))
+        if flags.fresh:  # only now: a wrong path or label must not cost the finished run
+            first_rank_does(lambda: clear_run(folder))
         command = [sys.executable, *sys.argv]
         first_rank_does(lambda: open_run(folder, config, training_identity(config), command))
         records = train(config, folder, patches, device)

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from common.checkpoint import load_checkpoint, load_weights, save_checkpoint, update_average
 from common.config import as_yaml
 from common.errors import config_error, data_error
+from common.files import parsing
 from common.interrupt import StopRequest, ignore_interrupts, stop_on_signal
 from common.logbook import Scalars, progress, write_metrics
 from common.parallel import all_ranks_do, gather_objects, met_by_all, sum_over_ranks
@@ -109,14 +110,37 @@ def resume(state: State, path: Path, config: Config, patches: Patches) -> None:
             f"{path}: the patches or their labels have changed since this run began; "
             "--fresh starts it over with those of now, another run.name keeps both"
         )
+    if not 0 <= saved["step"] <= config.train.steps:
+        raise data_error(
+            f"{path}: is at step {saved['step']} of {config.train.steps}; it was damaged, start over with --fresh"
+        )
+    best = path.with_name("best.pt")
+    if saved["best"] >= 0 and not best.exists():
+        raise data_error(f"{best}: is missing, the best weights so far; restore it, or start over with --fresh")
     load_weights(state.model, saved["model"], path)
     load_weights(state.average, saved["weights"], path)
-    try:
-        state.optimizer.load_state_dict(saved["optimizer"])
+    with parsing(path, "start over with --fresh"):
+        load_optimizer(state.optimizer, saved["optimizer"])
         state.scaler.load_state_dict(saved["scaler"])
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise data_error(f"{path}: its optimizer state is damaged ({error}); start over with --fresh") from error
+        if not all(isinstance(value, int | float) for record in saved["records"] for value in record.values()):
+            raise ValueError("records that are no numbers")
     state.step, state.records, state.best = saved["step"], saved["records"], saved["best"]
+
+
+def load_optimizer(optimizer: AdamW, saved: dict[str, Any]) -> None:
+    """Load an optimizer's state that fits: groups by name, moments by shape; a ValueError says what does not."""
+    names = [group["name"] for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    if [group["name"] for group in optimizer.param_groups] != names:
+        raise ValueError(f"expected groups {names}")
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            moments = optimizer.state[parameter]
+            if (
+                any(moments[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq"))
+                or "step" not in moments
+            ):
+                raise ValueError("moments of another shape")
 
 
 def take_step(
@@ -208,7 +232,9 @@ def check_hardware(config: Config, device: torch.device) -> None:
         )
     if device.type == "cpu" and settings.precision != "float32":
         # torch 2.13's bfloat16 weight gradients of 3D convolutions are wrong where a map is 3 cells wide
-        raise config_error(f"train.precision: {settings.precision} trains on GPUs only; on this CPU expected float32")
+        raise config_error(
+            f"train.precision: {settings.precision} trains on GPUs only; on a CPU give train.precision=float32"
+        )
 
 
 def train(config: Config, folder: Path, patches: Patches, device: torch.device) -> list[dict[str, float]]:
@@ -235,7 +261,7 @@ def train(config: Config, folder: Path, patches: Patches, device: torch.device) 
         dist.get_rank(),
         dist.get_world_size(),
     )
-    stream = PatchStream(patches.train, patches.max_motors, settings.seed)
+    stream = PatchStream(patches.train, patches.patch_size, patches.max_motors, settings.seed)
     loader = DataLoader(
         stream,
         batch_sampler=plan,  # an iterator serves: it is walked once

@@ -53,7 +53,7 @@ def score_own_patches(model: nn.Module, patches: Patches, config: Config, device
     """Rows of this rank's share of the validation patches."""
     mine = list(range(dist.get_rank(), len(patches.validation), dist.get_world_size()))
     loader = DataLoader(
-        Subset(PatchList(patches.validation, patches.max_motors), mine),
+        Subset(PatchList(patches.validation, patches.patch_size, patches.max_motors), mine),
         batch_size=config.train.micro_batch_size,
         num_workers=config.train.workers,
         collate_fn=stack,

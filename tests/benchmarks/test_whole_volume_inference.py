@@ -103,7 +103,9 @@ def test_tiled_logits_equal_the_untiled_ones_at_full_size(tmp_path: Path) -> Non
 def test_predict_needs_less_than_three_gigabytes(tomogram: Tomogram, tmp_path: Path) -> None:
     from common.checkpoint import save_checkpoint
 
-    save_checkpoint(begin(KAGGLE, CPU).as_checkpoint(KAGGLE, Patches([], [], 1, [], "")), tmp_path / "best.pt")
+    save_checkpoint(
+        begin(KAGGLE, CPU).as_checkpoint(KAGGLE, Patches([], [], (32, 32, 32), 1, [], "")), tmp_path / "best.pt"
+    )
     command = [sys.executable, "-c", PREDICT, "--checkpoint", str(tmp_path / "best.pt"), "--input",
                str(tomogram.volume.path), "--output", str(tmp_path / "out"), "data.voxel_spacing_angstrom=15.6"]  # fmt: skip
     root = Path(__file__).resolve().parents[2]

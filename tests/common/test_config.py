@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from common.config import as_yaml, configure, describe, fingerprint, restore
+from common.config import as_yaml, configure, describe, fingerprint, outside, restore
 from common.errors import BAD_DATA, WRONG_CALL, UserError
 from motor_detection.config import PRESETS
 
@@ -369,10 +369,25 @@ def test_a_config_in_a_file_of_ours_comes_back_or_names_the_file() -> None:
         assert words in caught.value.problems[0]
 
 
-@pytest.mark.parametrize("text", ["2020-13-45", "0x_", "0b_", "9" * 5000, "1_.e+"])
+@pytest.mark.parametrize(
+    "text", ["2020-13-45", "0x_", "0b_", "9" * 5000, "!!bool foo", "!!int foo", "!!timestamp foo", "[" * 3000]
+)
 def test_values_that_break_the_yaml_reader_itself_are_told(text: str, tmp_path: Path) -> None:
     """It raises bare ValueErrors for dates and numbers that only look like ones."""
     problems = problems_of([], [f"kinds.count={text}"])
     assert len(problems) == 1 and problems[0].startswith("kinds.count: ")
     with pytest.raises(UserError):
         configure(PRESET, [written(tmp_path / "a.yaml", f"kinds: {{count: {text}}}")], [])
+
+
+def test_no_path_holds_a_null_byte(tmp_path: Path) -> None:
+    (problem,) = problems_of([], ['kinds.folder="a\\0b"'])
+    assert problem.startswith("kinds.folder: expected a path")
+
+
+def test_limits_include_both_ends_and_look_at_every_item_of_a_list() -> None:
+    kinds = Kinds(count=3, ladder=(1.0, 7.0))
+    assert list(outside(kinds, {"count": (3, 9), "ladder": (1, 7)})) == []
+    assert list(outside(kinds, {"count": (4, 9), "ladder": (1, 6)})) == [
+        "count: expected 4 to 9, got 3", "ladder: expected 1 to 6, got [1.0, 7.0]"
+    ]  # fmt: skip

@@ -9,7 +9,7 @@ import math
 import re
 import shutil
 import sys
-import types
+import time
 from pathlib import Path
 
 import numpy as np
@@ -58,12 +58,14 @@ def test_a_run_that_continues_elsewhere_says_so_once_and_notes_it(
     for times in (1, 0):
         open_run(tmp_path, Constants(), IDENTITY, ["second"])
         said = capsys.readouterr().out
-        assert said.count("began with another device; its bits may differ") == times
+        assert said.count("ran with another device before; bits may differ") == times
     noted = json.loads((tmp_path / "environment.json").read_text())
     assert noted["command"] == "first" and [later["device"] for later in noted["continued_on"]] == ["another"]
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff", b"{}", b"[1]", b'{"continued_on": 3}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff", b"{}", b"[1]", b'{"continued_on": 3}', b'{"continued_on": null}', b"[" * 10**5]
+)
 def test_a_damaged_environment_is_named(tmp_path: Path, content: bytes) -> None:
     open_run(tmp_path, Constants(), IDENTITY, ["first"])
     (tmp_path / "environment.json").write_bytes(content)
@@ -73,12 +75,27 @@ def test_a_damaged_environment_is_named(tmp_path: Path, content: bytes) -> None:
     assert str(tmp_path / "environment.json") in caught.value.problems[0]
 
 
+def test_a_metrics_table_without_a_wanted_figure_is_named(tmp_path: Path) -> None:
+    write_metrics(tmp_path / "metrics.csv", [{"step": 1, "loss": 0.5}])
+    assert len(read_metrics(tmp_path / "metrics.csv", ("step", "loss"))) == 1
+    with pytest.raises(UserError, match="metrics.csv: holds no soft_dice; training"):
+        read_metrics(tmp_path / "metrics.csv", ("loss", "soft_dice"))
+
+
+def test_an_empty_identity_is_damage_and_not_another_run(tmp_path: Path) -> None:
+    open_run(tmp_path, Constants(), IDENTITY, ["first"])
+    (tmp_path / "identity.yaml").write_text("")
+    with pytest.raises(UserError, match=r"identity.yaml: is empty") as caught:
+        open_run(tmp_path, Constants(), IDENTITY, ["second"])
+    assert caught.value.exit_code == BAD_DATA
+
+
 @pytest.mark.parametrize("content", [None, b"\xff\xfe", b"step,loss\n1,much\n", b"step\n1,2,3\n"])
 def test_a_damaged_metrics_table_is_named(tmp_path: Path, content: bytes | None) -> None:
     if content is not None:
         (tmp_path / "metrics.csv").write_bytes(content)
     with pytest.raises(UserError) as caught:
-        read_metrics(tmp_path / "metrics.csv")
+        read_metrics(tmp_path / "metrics.csv", ())
     assert caught.value.exit_code == BAD_DATA and str(tmp_path / "metrics.csv") in caught.value.problems[0]
 
 
@@ -103,7 +120,7 @@ def test_a_folder_of_another_run_is_refused_and_left_as_it_is(tmp_path: Path, id
 
 def test_the_environment_names_what_it_takes_to_repeat_a_run() -> None:
     found = environment(["python", "train.py"])
-    assert found.keys() == {"command", "commit", "python", "platform", "device", "versions"}
+    assert found.keys() == {"command", "commit", "python", "platform", "processes", "device", "versions"}
     assert found["command"] == "python train.py"
     assert found["python"] == ".".join(map(str, sys.version_info[:3]))
     assert re.fullmatch(r"unknown|\S*[0-9a-f]{7,}\S*", found["commit"])
@@ -123,13 +140,13 @@ def test_metrics_come_back_as_they_were(tmp_path: Path) -> None:
     ]
     records += [{"step": 50.0, "f_beta": 0.1 + 0.2}, {"f_beta": math.inf, "best, of all": -0.0}]
     write_metrics(tmp_path / "metrics.csv", records)
-    assert read_metrics(tmp_path / "metrics.csv") == records
-    assert math.copysign(1, read_metrics(tmp_path / "metrics.csv")[-1]["best, of all"]) == -1
+    assert read_metrics(tmp_path / "metrics.csv", ()) == records
+    assert math.copysign(1, read_metrics(tmp_path / "metrics.csv", ())[-1]["best, of all"]) == -1
 
 
 def test_a_figure_that_is_not_a_number_stays_one(tmp_path: Path) -> None:
     write_metrics(tmp_path / "metrics.csv", [{"step": 1, "dice": math.nan}])
-    (record,) = read_metrics(tmp_path / "metrics.csv")
+    (record,) = read_metrics(tmp_path / "metrics.csv", ())
     assert math.isnan(record["dice"])
 
 
@@ -137,7 +154,7 @@ def test_columns_stand_in_order_of_first_appearance_and_cells_may_be_empty(tmp_p
     write_metrics(tmp_path / "metrics.csv", [{"step": 1, "loss": np.float64(0.5)}, {"dice": 0.25, "step": 2}])
     assert (tmp_path / "metrics.csv").read_text() == "step,loss,dice\n1,0.5,\n2,,0.25\n"
     write_metrics(tmp_path / "metrics.csv", [])
-    assert read_metrics(tmp_path / "metrics.csv") == []
+    assert read_metrics(tmp_path / "metrics.csv", ()) == []
 
 
 class Terminal(io.StringIO):
@@ -160,25 +177,21 @@ def test_progress_is_shown_on_a_terminal_only(
 
 def test_without_tensorboard_curves_are_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    Scalars(tmp_path, [{"step": 1, "loss": 2.0}]).add({"step": 2, "loss": 1.0})
+    scalars = Scalars(tmp_path, 1)
+    scalars.add({"step": 2, "loss": 1.0})
+    scalars.close()
     assert not list(tmp_path.iterdir())
 
 
-def test_with_tensorboard_a_continued_run_shows_its_whole_curve(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[tuple[str, float, float]] = []
-
-    class SummaryWriter:
-        def __init__(self, folder: str) -> None:
-            assert folder == str(tmp_path)
-
-        def add_scalar(self, name: str, value: float, step: float) -> None:
-            seen.append((name, value, step))
-
-    module = types.ModuleType("torch.utils.tensorboard")
-    module.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    Scalars(tmp_path, [{"step": 1, "loss": 2.0}]).add({"step": 2, "loss": 1.0})
-    assert [entry for entry in seen if entry[0] == "loss"] == [("loss", 2.0, 1), ("loss", 1.0, 2)]
+def test_with_tensorboard_a_killed_and_continued_run_shows_one_curve(tmp_path: Path) -> None:
+    """What the killed run logged beyond its last checkpoint is dropped; nothing waits in memory at the end."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for begin, values in ((0, (4.0, 3.0, 9.0)), (2, (2.0, 1.0))):
+        scalars = Scalars(tmp_path, begin)
+        for step, value in enumerate(values, start=begin + 1):
+            scalars.add({"step": step, "loss": value})
+        scalars.close()
+        time.sleep(1.1)  # TensorBoard orders files by their second
+    events = accumulator.EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 4.0), (2, 3.0), (3, 2.0), (4, 1.0)]

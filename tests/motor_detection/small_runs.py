@@ -31,7 +31,7 @@ from motor_detection.places import read_tomograms
 from motor_detection.trainer import build_model, train
 
 ROOT = Path(__file__).resolve().parents[2]
-NO_PATCHES = Patches([], [], 1, [], "")  # for checkpoints of no run
+NO_PATCHES = Patches([], [], (32, 32, 32), 1, [], "")  # for checkpoints of no run
 SPACING_ANGSTROM = 13.1
 SHAPE = (34, 46, 58)  # voxels z, y, x; no two axes alike
 FOLDS = (2, 3, 2, 3, 0, 0, 1)  # of tomograms 0, 1 ...: four to train on, two to validate, one to test

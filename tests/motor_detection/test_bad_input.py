@@ -158,7 +158,7 @@ def test_a_loss_that_is_not_a_number_names_the_patches(place: Path, capsys: pyte
     assert run(convert.main, words_for(place), capsys)[0] == 0
     patches = sorted((place / "patches").glob("tomo_[0123]/*.npz"))
     for path in patches:
-        write_patch(path, read_patch(path, PATCH_ARRAYS) | {"intensity": np.array([128.0, np.nan], np.float32)})
+        write_patch(path, read_patch(path, tuple(PATCH_ARRAYS)) | {"intensity": np.array([128.0, np.nan], np.float32)})
     code, lines = run(train.main, words_for(place), capsys)
     assert code == BAD_DATA
     expect(lines, "not finite", str(place / "patches"))

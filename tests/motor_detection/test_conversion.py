@@ -103,7 +103,7 @@ def test_every_file_holds_what_training_reads(tomograms: Path, tmp_path: Path) -
     files, missing = list_patches(config.data.patches, labels)
     assert len(files) == 22 and not missing
     for path in files:
-        arrays = read_patch(path, PATCH_ARRAYS)
+        arrays = read_patch(path, tuple(PATCH_ARRAYS))
         assert arrays.keys() == KEYS
         assert arrays["patch"].dtype == np.uint8 and arrays["patch"].shape == (32, 32, 32)
         assert path.name.endswith(f"_{arrays['patch_type']}.npz") and str(arrays["tomo_id"]) == path.parent.name

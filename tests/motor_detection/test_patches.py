@@ -222,7 +222,7 @@ def test_a_patch_file_gives_back_its_arrays(tmp_path: Path) -> None:
     arrays["heatmap"] = np.zeros((4, 6, 6), np.float32)
     path = tmp_path / "0000_single.npz"
     write_patch(path, arrays)
-    again = read_patch(path, PATCH_ARRAYS)
+    again = read_patch(path, tuple(PATCH_ARRAYS))
     assert again.keys() == arrays.keys() and str(again["tomo_id"]) == "tomo_é"
     for name, array in arrays.items():
         np.testing.assert_array_equal(again[name], array)
@@ -248,5 +248,5 @@ def test_a_damaged_patch_file_is_named(tmp_path: Path, damage: str) -> None:
     else:
         path.unlink()
     with pytest.raises(UserError) as caught:
-        read_patch(path, PATCH_ARRAYS)
+        read_patch(path, tuple(PATCH_ARRAYS))
     assert caught.value.exit_code == 1 and str(path) in caught.value.problems[0]

@@ -161,9 +161,11 @@ def test_predict_takes_the_threshold_that_eval_chose_for_these_weights(
     assert "threshold of submission.csv: 0.5" in said(predict.main, words, capsys)[1]
     judged = run / "results" / "metrics.json"
     judged.parent.mkdir(exist_ok=True)
-    judged.write_text('{"threshold": 0.0025}')
+    judged.write_text('{"threshold": 0.0025, "task": "one_per_tomogram"}')
     out = said(predict.main, words, capsys)[1]
     assert f"threshold of submission.csv: 0.003, from {judged}" in out and "score of at least 0.003" in out
+    judged.write_text('{"threshold": 0.0025, "task": "every_motor"}')
+    assert "0.5 (eval.py chose one for every motor" in said(predict.main, words, capsys)[1]
     os.utime(judged, (1, 1))  # judged before these weights were written
     assert "threshold of submission.csv: 0.5" in said(predict.main, words, capsys)[1]
     judged.write_text("damaged")
@@ -368,3 +370,20 @@ def test_two_calls_do_not_write_into_one_output(
         holder.kill()
         holder.wait()
     assert code == WRONG_CALL and "another process is writing there" in problems[0]
+
+
+def test_predict_takes_each_tomograms_spacing_from_a_label_table(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Slice folders hold none, and data sets mix several; further calls add to the same output."""
+    table = pd.read_csv(trained / "labels.csv")
+    table["voxel_spacing"] = [13.1, 15.6, 16.8, 19.7, 13.1, 13.1, 13.1]
+    table[table.tomo_id != "tomo_6"].to_csv(tmp_path / "labels.csv", index=False)
+    words = predict_words(trained / "runs" / "a", tmp_path / "out")[:-1]  # without one spacing for all
+    words[words.index("--input") + 1] = str(trained / "tomograms")
+    code, _, problems = said(predict.main, [*words, "--labels", str(tmp_path / "labels.csv")], capsys)
+    assert code == BAD_DATA and len(problems) == 1 and "tomo_6: holds no voxel spacing" in problems[0]
+    words[words.index("--input") + 1] = str(trained / "tomograms" / "tomo_6")
+    assert said(predict.main, [*words, "data.voxel_spacing_angstrom=14"], capsys)[0] == 0
+    found = {one.tomo_id: one.spacing_angstrom[0] for one in read_picks_csv(tmp_path / "out" / "picks.csv")}
+    assert [found[f"tomo_{number}"] for number in (1, 2, 3, 6)] == [15.6, 16.8, 19.7, 14.0] and len(found) == 7

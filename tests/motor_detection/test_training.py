@@ -85,7 +85,7 @@ def without_chance(config: Config) -> Config:
 def step_batches(config: Config, patches: Patches, step: int) -> Iterator[Sample]:
     """The micro-batches of one optimizer step in one process."""
     train = config.train
-    stream = PatchStream(patches.train, patches.max_motors, train.seed)
+    stream = PatchStream(patches.train, patches.patch_size, patches.max_motors, train.seed)
     for start in range(step * train.batch_size, (step + 1) * train.batch_size, train.micro_batch_size):
         yield from next_batch([stack([stream[position] for position in range(start, start + train.micro_batch_size)])])
 
@@ -197,7 +197,7 @@ def test_two_processes_without_accumulation_equal_one_with(data_folder: Path, tm
             if expected.is_floating_point():  # the number of batches seen is counted per process
                 scale = float(expected.abs().max())
                 torch.testing.assert_close(shared[part][name], expected, rtol=1e-5, atol=1e-5 * scale)
-    for ours, theirs in zip(records, read_metrics(tmp_path / "run/metrics.csv"), strict=True):
+    for ours, theirs in zip(records, read_metrics(tmp_path / "run/metrics.csv", ("loss",)), strict=True):
         assert theirs == pytest.approx(ours, rel=1e-4, nan_ok=True)
 
 
@@ -261,12 +261,12 @@ def test_a_loss_that_is_no_number_names_the_patches_and_keeps_the_last_checkpoin
     """A patch whose intensity lost its deviation or its mean."""
     config = with_train(small_config(data_folder), steps=8, checkpoint_every=1, seed=5)
     patches = chosen(config)
-    stream = PatchStream(patches.train, patches.max_motors, 5)
+    stream = PatchStream(patches.train, patches.patch_size, patches.max_motors, 5)
     sample = stream[13]  # of step 3
     assert isinstance(sample, Sample)
     culprit = patches.train[int(sample.index)]
     spoiled = tmp_path / culprit.name
-    write_patch(spoiled, read_patch(culprit, PATCH_ARRAYS) | {"intensity": np.array(broken, np.float32)})
+    write_patch(spoiled, read_patch(culprit, tuple(PATCH_ARRAYS)) | {"intensity": np.array(broken, np.float32)})
     patches = dataclasses.replace(patches, train=[spoiled if path == culprit else path for path in patches.train])
     with pytest.raises(UserError) as caught:
         train_alone(config, tmp_path / "run", patches)
@@ -407,10 +407,12 @@ def test_a_loss_that_is_no_number_on_one_process_ends_both_with_one_message(data
     shutil.copytree(config.data.patches, folder)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, patches=folder))
     patches = chosen(config)
-    sample = PatchStream(patches.train, patches.max_motors, config.train.seed)[2]  # of the second process
+    sample = PatchStream(patches.train, patches.patch_size, patches.max_motors, config.train.seed)[
+        2
+    ]  # of the second process
     assert isinstance(sample, Sample)
     culprit = patches.train[int(sample.index)]
-    write_patch(culprit, read_patch(culprit, PATCH_ARRAYS) | {"intensity": np.array([np.nan, 30.0], np.float32)})
+    write_patch(culprit, read_patch(culprit, tuple(PATCH_ARRAYS)) | {"intensity": np.array([np.nan, 30.0], np.float32)})
     done = run_command(script("train.py", config, tmp_path, 2, []))
     told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 1, done.stderr  # torchrun's own code for a failed process
