@@ -32,7 +32,7 @@ from common.report import Section, write_report
 from motor_detection.config import PRESETS, Config
 from motor_detection.evaluation import Blobs, Picked, blobs_of, choose_blobs, curve_of, evaluate, pick_fold
 from motor_detection.figures import LEARNING_CURVE, draw_learning_curve, draw_picks, draw_precision_recall, view_of
-from motor_detection.inference import check_unseen, inference_device, load_model, rounding_cost, working_copy
+from motor_detection.inference import check_unseen, inference_device, load_model, tell_rounding, working_copy
 from motor_detection.labels import LabelledTomogram
 from motor_detection.model_defs.motoridentifier import MotorIdentifier
 from motor_detection.pick_files import write_picks_csv
@@ -84,7 +84,9 @@ def measure(config: Config, folder: Path) -> dict[str, float | int | str]:
     check_unseen(best, ("train",), folds["validation"])
     check_unseen(best, ("train", "validation"), folds["test"])
     records = read_metrics(folder / "metrics.csv", ("step", "loss", *LEARNING_CURVE))
-    tell_rounding(model, folds["validation"][0], paths, config, device)
+    first = folds["validation"][0]
+    tomogram = open_tomogram(paths[first.tomo_id], first, config.data.voxel_spacing_angstrom)
+    tell_rounding(model, tomogram, config, device)
     models = [working_copy(model, config.inference.precision)]
     picked = {name: pick_fold(fold, paths, models, config, device, f"picking {name}") for name, fold in folds.items()}
     for name, fold in picked.items():
@@ -97,17 +99,6 @@ def measure(config: Config, folder: Path) -> dict[str, float | int | str]:
     write_text(folder / "results" / "metrics.json", json.dumps(valid, indent=2) + "\n")
     draw_everything(picked["test"], blobs, figures, records, config, folder)
     return figures
-
-
-def tell_rounding(
-    model: MotorIdentifier, label: LabelledTomogram, paths: dict[str, Path], config: Config, device: torch.device
-) -> None:
-    """Print once what the working precision costs in accuracy."""
-    if config.inference.precision == "float32":
-        return
-    tomogram = open_tomogram(paths[label.tomo_id], label, config.data.voxel_spacing_angstrom)
-    cost = rounding_cost(model, tomogram, config, device)
-    print(f"{config.inference.precision} changes scores by at most {cost:.4f} (crop of {tomogram.tomo_id})")
 
 
 def draw_everything(

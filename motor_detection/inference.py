@@ -210,6 +210,13 @@ def rounding_cost(model: MotorIdentifier, tomogram: Tomogram, config: Config, de
     return float((rounded - model(crop).sigmoid()).abs().max())
 
 
+def tell_rounding(model: MotorIdentifier, tomogram: Tomogram, config: Config, device: torch.device) -> None:
+    """Print what the working precision costs in accuracy, where it is not float32."""
+    if config.inference.precision != "float32":
+        cost = rounding_cost(model, tomogram, config, device)
+        print(f"{config.inference.precision} changes scores by at most {cost:.4f} (crop of {tomogram.tomo_id})")
+
+
 def check_same_grid(configs: list[Config], paths: list[Path]) -> None:
     """Models of an ensemble must draw the same kind of map."""
     for config, path in zip(configs, paths, strict=True):

@@ -45,7 +45,7 @@ from motor_detection.inference import (
     inference_device,
     load_model,
     pick_motors,
-    rounding_cost,
+    tell_rounding,
     working_copy,
 )
 from motor_detection.labels import LabelledTomogram, read_labels
@@ -120,32 +120,24 @@ def predict(
     device = inference_device()
     working = [working_copy(model, config.inference.precision) for model in models]
     problems = []
-    told = config.inference.precision == "float32"
+    told = False
     for path in progress(paths, "picking", len(paths), True):
         name = tomogram_name(path)
         label = labels[name] if name in labels else None
         finished = output / "tomograms" / f"{name}.csv"
         spacing = label.spacing_angstrom if label is not None else config.data.voxel_spacing_angstrom
-        source, origin = finished.with_suffix(".source"), stamp(path, spacing)
-        if (
-            finished.exists()
-            and source.exists()
-            and source.read_bytes().decode(errors="replace") == sealed(origin, finished)
-        ):
+        origin = stamp(path, spacing)
+        if is_finished(finished, origin):
             continue
-        for old in (source, finished):  # of a tomogram that has changed, or of the same name from elsewhere
-            old.unlink(missing_ok=True)
         try:
             tomogram = open_tomogram(path, label, config.data.voxel_spacing_angstrom)
             for warning in spacing_warnings(tomogram):
                 print(f"warning: {warning}")
             if not told:
-                cost = rounding_cost(models[0], tomogram, config, device)
-                print(f"{config.inference.precision} changes scores by at most {cost:.4f} (crop of {tomogram.tomo_id})")
+                tell_rounding(models[0], tomogram, config, device)
                 told = True
-            found = picks_of(tomogram, working, config, device)
-            write_picks_csv(finished, [found])
-            write_text(source, sealed(origin, finished))
+            write_picks_csv(finished, [picks_of(tomogram, working, config, device)])
+            write_text(finished.with_suffix(".source"), sealed(origin, finished))
         except UserError as error:
             problems += error.problems
             print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
@@ -161,6 +153,16 @@ def stamp(path: Path, spacing_angstrom: float) -> str:
     times, sizes = [file.stat().st_mtime_ns for file in files], [file.stat().st_size for file in files]
     content = f"{len(files)} files, {max(times, default=0)} ns, {sum(sizes)} bytes"
     return f"{ascii(str(path.resolve()))} {content}, {spacing_angstrom:g} Å\n"
+
+
+def is_finished(finished: Path, origin: str) -> bool:
+    """Whether the picks in a table came from this very tomogram; those of another one, or spoiled ones, are deleted."""
+    source = finished.with_suffix(".source")
+    if finished.exists() and source.exists() and source.read_bytes() == sealed(origin, finished).encode():
+        return True
+    for old in (source, finished):
+        old.unlink(missing_ok=True)
+    return False
 
 
 def sealed(origin: str, finished: Path) -> str:
