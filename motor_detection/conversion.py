@@ -22,6 +22,7 @@ import torch
 from common.config import as_yaml
 from common.errors import UserError, config_error, data_error
 from common.files import read_text, write_text
+from common.interrupt import StopRequest, stop_on_signal
 from common.logbook import progress
 from motor_detection.config import Data
 from motor_detection.heatmap import render_heatmaps
@@ -76,7 +77,8 @@ def convert_all(
     signal.signal(signal.SIGINT, on_interrupt)
     try:
         digests = {job.label.tomo_id: label_digest(job.label) for job in open_jobs}
-        consume(processes, data.patches, settings, summary, digests)
+        with stop_on_signal() as stop:  # an interrupt raised anywhere could be lost in some library's clean-up
+            consume(processes, data.patches, settings, summary, digests, stop)
     finally:
         for process in processes.values():
             process.terminate()
@@ -150,12 +152,17 @@ def produce(jobs: list[Job], messages: "Connection[Message, Message]") -> None:
 
 
 def consume(
-    processes: dict[Connection, Any], folder: Path, settings: ConvertSettings, summary: Summary, digests: dict[str, str]
+    processes: dict[Connection, Any],
+    folder: Path,
+    settings: ConvertSettings,
+    summary: Summary,
+    digests: dict[str, str],
+    stop: StopRequest,
 ) -> None:
-    """Save patches as they come until every producer has ended."""
+    """Save patches as they come until every producer has ended, or somebody asks to stop."""
     written: dict[str, list[str]] = {}
     with progress(digests, "converting", len(digests), True) as bar:
-        for kind, tomo_id, content in received(processes):
+        for kind, tomo_id, content in received(processes, stop):
             if kind == "patch":
                 number, arrays = content
                 arrays["heatmap"] = heatmap_of(arrays, settings)
@@ -177,11 +184,13 @@ def consume(
                 bar.update()
 
 
-def received(processes: dict[Connection, Any]) -> Iterator[Message]:
+def received(processes: dict[Connection, Any], stop: StopRequest) -> Iterator[Message]:
     """All messages in order of arrival; a data error when a producer was killed (as the system does without memory)."""
     still_open = list(processes)
     while still_open:
-        for receiver in wait(still_open):
+        if stop.asked:
+            raise KeyboardInterrupt
+        for receiver in wait(still_open, 0.5):  # seconds, after which a request to stop is looked for
             assert isinstance(receiver, Connection)
             try:
                 message: Message = receiver.recv()
