@@ -1,0 +1,172 @@
+"""Patches of volumes as samples of an endless, addressed stream, and the fixed patches of validation."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from common.errors import UserError, config_error
+from common.streams import random_for
+from em_segmentation.augmentation import Patch
+from em_segmentation.config import Config, Data
+from em_segmentation.volumes import Annotated, Role, Triple, digest, in_memory, open_role
+
+
+@dataclasses.dataclass(frozen=True)
+class Volumes:
+    """The volumes of one run, and what a checkpoint must remember of them."""
+
+    train: list[Annotated]
+    val: list[Annotated]
+    voxel_size_nm: tuple[float, float, float]
+    digest: str  # changes with whatever training reads
+
+
+def open_volumes(config: Config) -> Volumes:
+    """Training and validation volumes of a config, checked; in memory where data.use_cache says so."""
+    data = config.data
+    roles: dict[Role, list[Annotated]] = {"train": open_role(data, "train"), "val": open_role(data, "val")}
+    if not roles["train"]:
+        raise config_error("data.train_image: expected at least one volume to train on")
+    for role, volumes in roles.items():
+        for volume in volumes:
+            check_volume(config, role, volume)
+    if data.train_weights and len(data.train_weights) != len(roles["train"]):
+        raise config_error(
+            f"data.train_weights: expected one per training volume ({len(roles['train'])}), "
+            f"got {len(data.train_weights)}"
+        )
+    sizes = {volume.voxel_size_nm for volume in (*roles["train"], *roles["val"])}
+    if len(sizes) > 1:
+        raise config_error(f"data.voxel_size_nm: the volumes differ ({sorted(sizes)} nm); train on one size at a time")
+    if data.use_cache:
+        roles = {role: [cached(volume) for volume in volumes] for role, volumes in roles.items()}
+    return Volumes(roles["train"], roles["val"], sizes.pop(), digest([*roles["train"], *roles["val"]]))
+
+
+def check_volume(config: Config, role: Role, volume: Annotated) -> None:
+    """A volume must have the channels and the labels that the targets need, and room for a patch."""
+    path, needed = volume.image.path, max(config.targets.label_channels) + 1
+    if volume.image.num_channels != config.model.in_channels:
+        raise config_error(
+            f"model.in_channels: {path} has {volume.image.num_channels} channels, got {config.model.in_channels}"
+        )
+    if volume.label is None:
+        raise config_error(f"data.{role}_label: expected labels for {path}")
+    if volume.label.num_channels < needed:
+        raise config_error(
+            f"targets.label_channels: {volume.label.path} has {volume.label.num_channels} channels, "
+            f"expected at least {needed}"
+        )
+    if any(edge > n for edge, n in zip(config.data.patch_size, volume.shape, strict=True)):
+        raise config_error(
+            f"data.patch_size: {list(config.data.patch_size)} is larger than {path} {list(volume.shape)}; "
+            "expected a smaller patch, or larger volumes"
+        )
+
+
+def cached(volume: Annotated) -> Annotated:
+    """The same volume with its used sections in memory; workers share the pages."""
+    label, mask = (
+        in_memory(lazy, volume.sections) if lazy is not None else None for lazy in (volume.label, volume.mask)
+    )
+    image = in_memory(volume.image, volume.sections)
+    return dataclasses.replace(volume, image=image, label=label, mask=mask, sections=(0, volume.shape[0]))
+
+
+def draw_patch(
+    volumes: list[Annotated], chances: np.ndarray, data: Data, channel: int, seed: int, position: int
+) -> Patch:
+    """The patch at one position of the run's stream; (1, ...) each. A pure function of seed and position."""
+    random = random_for("patch", seed, position)
+    for attempt in range(data.foreground_tries):
+        volume = volumes[int(random.choice(len(volumes), p=chances))]
+        corner = [int(random.integers(n - edge + 1)) for n, edge in zip(volume.shape, data.patch_size, strict=True)]
+        at = (corner[0], corner[1], corner[2])
+        labels = volume.read_labels(at, data.patch_size)
+        enough = data.min_foreground == 0 or (labels[channel] > 0).mean() >= data.min_foreground
+        if enough or attempt == data.foreground_tries - 1:
+            break
+    return patch_at(volume, at, data.patch_size, labels, position)
+
+
+def patch_at(volume: Annotated, corner: Triple, size: Triple, labels: np.ndarray, position: int) -> Patch:
+    return Patch(
+        torch.from_numpy(volume.read_image(corner, size))[None],
+        torch.from_numpy(labels)[None],
+        torch.from_numpy(volume.read_annotated(corner, size))[None],
+        torch.tensor([position]),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchStream(Dataset[Patch | UserError]):
+    """Item p is the p-th patch that the run ever sees, from anywhere in the training volumes; endless."""
+
+    volumes: list[Annotated]
+    data: Data
+    channel: int  # of the labels, whose foreground counts
+    seed: int
+
+    def chances(self) -> np.ndarray:
+        """How likely each volume is drawn."""
+        sizes = [float(np.prod(volume.shape)) for volume in self.volumes]
+        weights = np.array(self.data.train_weights if self.data.train_weights else sizes)
+        return np.asarray(weights / weights.sum())
+
+    def __getitem__(self, position: int) -> Patch | UserError:
+        try:
+            return draw_patch(self.volumes, self.chances(), self.data, self.channel, self.seed, position)
+        except UserError as error:
+            return error  # as an item: a worker process would wrap what it raises in a traceback
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchList(Dataset[Patch | UserError]):
+    """Item i is the i-th of the fixed validation patches."""
+
+    volumes: list[Annotated]
+    places: list[tuple[int, Triple]]
+    size: Triple
+
+    def __getitem__(self, index: int) -> Patch | UserError:
+        number, corner = self.places[index]
+        volume = self.volumes[number]
+        try:
+            return patch_at(volume, corner, self.size, volume.read_labels(corner, self.size), index)
+        except UserError as error:
+            return error
+
+
+def validation_places(volumes: list[Annotated], size: Triple, most: int) -> list[tuple[int, Triple]]:
+    """Volume and corner of at most `most` patches, evenly chosen from grids that cover the volumes without gaps."""
+    every: list[tuple[int, Triple]] = []
+    for number, volume in enumerate(volumes):
+        starts = [grid_starts(n, edge) for n, edge in zip(volume.shape, size, strict=True)]
+        every += [(number, (z, y, x)) for z, y, x in itertools.product(*starts)]
+    chosen = np.unique(np.linspace(0, len(every) - 1, min(most, len(every))).round().astype(int))
+    return [every[k] for k in chosen]
+
+
+def grid_starts(n: int, edge: int) -> list[int]:
+    """First cells of the fewest evenly spread patches that cover n cells."""
+    count = -(-n // edge)
+    return [round(k * (n - edge) / max(1, count - 1)) for k in range(count)]
+
+
+def stack(patches: list[Patch | UserError]) -> Patch | UserError:
+    """One batch of several patches, or the first error among them."""
+    for patch in patches:
+        if isinstance(patch, UserError):
+            return patch
+    return Patch(*(torch.cat([getattr(p, field.name) for p in patches]) for field in dataclasses.fields(Patch)))
+
+
+def to_device(batch: Patch, device: torch.device) -> Patch:
+    moved: dict[str, Tensor] = {
+        field.name: getattr(batch, field.name).to(device, non_blocking=True) for field in dataclasses.fields(Patch)
+    }
+    return Patch(**moved)

@@ -1,0 +1,181 @@
+"""Merging fragments best first until no edge of their graph reaches a threshold.
+
+An edge's score is the mean, or a quantile, of the affinities across it; merging adds the counts of parallel edges. Such
+a score lies between those of the two edges that became one (the linkage is "reducible"), so pairs that are each other's
+best may be merged all at once, with the result of merging one pair at a time (Murtagh 1983). Rounds that find few such
+pairs, around fragments with very many neighbours, give way to a queue.
+"""
+
+import dataclasses
+import heapq
+
+import numpy as np
+import numpy.typing as npt
+import scipy.sparse
+import scipy.sparse.csgraph
+
+from em_segmentation.decoding.region_graph import Counts, Ids, RegionGraph
+
+Scores = npt.NDArray[np.float64]
+MEAN = -1  # as `percent`: score by the mean
+FEW_PAIRS = 50  # merged in one round, below which the queue is faster
+Edges = dict[int, dict[int, tuple[Counts, int]]]  # node -> neighbour -> counts, rank
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Links:
+    """Edges of the shrinking graph: end points, additive counts and a rank of their own to break ties."""
+
+    u: Counts  # (num_edges,)
+    v: Counts
+    counts: Counts  # (num_edges, 2): total and contacts; or (num_edges, bins): the histogram
+    rank: Counts  # place of the first of its original edges in the order of (u, v)
+
+
+def agglomerate(graph: RegionGraph, num_fragments: int, percent: int, thresholds: tuple[int, ...]) -> list[Ids]:
+    """Per threshold the object of each fragment (num_fragments + 1,), named by its least fragment; 0 stays 0.
+
+    percent: -1 to score by the mean affinity, or 0..100 for that quantile of the affinities (its bin's lower end).
+    thresholds: 0..255, descending; edges with score >= threshold are merged, the highest first; equal scores by the
+    least (u, v) among the original edges that an edge consists of.
+    """
+    assert list(thresholds) == sorted(thresholds, reverse=True), f"Expected descending thresholds, got {thresholds}"
+    assert percent == MEAN or graph.histogram.shape[1] > 0, "Quantiles need a graph with histograms"
+    counts = np.stack([graph.total, graph.contacts], 1) if percent == MEAN else graph.histogram
+    rank = np.arange(len(graph.u), dtype=np.int64)
+    links = Links(graph.u.astype(np.int64), graph.v.astype(np.int64), counts, rank)
+    mapping = np.arange(num_fragments + 1, dtype=np.int32)
+    results = []
+    for threshold in thresholds:
+        target, links = _merge_down_to(links, num_fragments + 1, percent, threshold, thresholds[-1])
+        mapping = target[mapping]
+        results.append(mapping)
+    return results
+
+
+def scores_of(counts: Counts, percent: int) -> Scores:
+    """Mean affinity, or the lower end of the bin that holds the quantile, of each row of counts (num_edges,)."""
+    if percent == MEAN:
+        mean: Scores = counts[:, 0] / np.maximum(counts[:, 1], 1)
+        return mean
+    reached = np.cumsum(counts, 1) * 100 >= percent * counts.sum(1, keepdims=True)
+    filled: npt.NDArray[np.bool_] = reached & (np.cumsum(counts, 1) > 0)
+    lower_end: Scores = filled.argmax(1) * (256.0 / counts.shape[1])
+    return lower_end
+
+
+def _merge_down_to(links: Links, num_nodes: int, percent: int, threshold: int, last: int) -> tuple[Ids, Links]:
+    """Node n becomes target[n]; the links between what is left. `last`: the lowest threshold still to come."""
+    target = np.arange(num_nodes, dtype=np.int32)
+    while True:
+        score = scores_of(links.counts, percent)
+        links, score = _that_matter(links, score, num_nodes, last)
+        pairs = np.flatnonzero(_are_best_of_both(links, score, num_nodes) & (score >= threshold))
+        if len(pairs) == 0:
+            return target, links
+        if len(pairs) < FEW_PAIRS:
+            merged = _merge_by_queue(links, num_nodes, percent, threshold)
+            return merged[target], _contracted(links, merged)
+        merged = np.arange(num_nodes, dtype=np.int32)
+        merged[np.maximum(links.u[pairs], links.v[pairs])] = np.minimum(links.u[pairs], links.v[pairs])
+        target = merged[target]
+        links = _contracted(links, merged)
+
+
+def _that_matter(links: Links, score: Scores, num_nodes: int, last: int) -> tuple[Links, Scores]:
+    """Without links of nodes none of whose links reaches the last threshold: scores never rise by merging."""
+    best = np.full(num_nodes, -1.0)
+    np.maximum.at(best, links.u, score)
+    np.maximum.at(best, links.v, score)
+    kept = (best[links.u] >= last) & (best[links.v] >= last)
+    return Links(links.u[kept], links.v[kept], links.counts[kept], links.rank[kept]), score[kept]
+
+
+def _are_best_of_both(links: Links, score: Scores, num_nodes: int) -> npt.NDArray[np.bool_]:
+    """Which links are the best (highest score, then least rank) of both their ends (num_edges,)."""
+    best = np.full(num_nodes, -1.0)
+    np.maximum.at(best, links.u, score)
+    np.maximum.at(best, links.v, score)
+    first = np.full(num_nodes, np.iinfo(np.int64).max)
+    for end in (links.u, links.v):
+        top = best[end] == score
+        np.minimum.at(first, end[top], links.rank[top])
+    found: npt.NDArray[np.bool_] = (first[links.u] == links.rank) & (first[links.v] == links.rank)
+    return found
+
+
+def _contracted(links: Links, merged: Ids) -> Links:
+    """The links after node n became merged[n]; only those that moved can have become parallel to another."""
+    u, v = merged[links.u].astype(np.int64), merged[links.v].astype(np.int64)
+    low, high = np.minimum(u, v), np.maximum(u, v)
+    codes = low * len(merged) + high
+    order = np.argsort(codes, kind="stable")
+    order = order[(low != high)[order]]
+    if len(order) == 0:
+        return Links(low[:0], high[:0], links.counts[:0], links.rank[:0])
+    starts = np.flatnonzero(np.diff(codes[order], prepend=-1))
+    first = order[starts]
+    counts = np.add.reduceat(links.counts[order], starts, axis=0)
+    return Links(low[first], high[first], counts, np.minimum.reduceat(links.rank[order], starts))
+
+
+def _merge_by_queue(links: Links, num_nodes: int, percent: int, threshold: int) -> Ids:
+    """The same merging, one link at a time; node n becomes target[n]."""
+    edges = _neighbours(links)
+    score = scores_of(links.counts, percent)
+    start = np.flatnonzero(score >= threshold)
+    queue = list(
+        zip((-score[start]).tolist(), links.rank[start].tolist(), links.u[start].tolist(), links.v[start].tolist(),
+            strict=True)
+    )  # fmt: skip
+    heapq.heapify(queue)
+    absorbed: list[tuple[int, int]] = []
+    while queue:
+        negative, rank, a, b = heapq.heappop(queue)
+        if a not in edges or b not in edges or b not in edges[a]:
+            continue  # one of them was absorbed
+        counts, current = edges[a][b]
+        if current != rank or -negative != _score(counts, percent):
+            continue  # the link has changed since
+        kept, gone = (a, b) if len(edges[a]) >= len(edges[b]) else (b, a)
+        absorbed.append((kept, gone))
+        for neighbour in _absorb(edges, kept, gone):
+            counts, rank = edges[kept][neighbour]
+            score_now = _score(counts, percent)
+            if score_now >= threshold:
+                heapq.heappush(queue, (-score_now, rank, kept, neighbour))
+    return groups_of_pairs(np.array(absorbed, np.int64).reshape(-1, 2), num_nodes)
+
+
+def _score(counts: Counts, percent: int) -> float:
+    return float(counts[0] / counts[1]) if percent == MEAN else float(scores_of(counts[None], percent)[0])
+
+
+def _neighbours(links: Links) -> Edges:
+    edges: Edges = {}
+    for row, (u, v, rank) in enumerate(zip(links.u.tolist(), links.v.tolist(), links.rank.tolist(), strict=True)):
+        edges.setdefault(u, {})[v] = edges.setdefault(v, {})[u] = (links.counts[row], rank)
+    return edges
+
+
+def _absorb(edges: Edges, kept: int, gone: int) -> list[int]:
+    """Move the links of one node to another; the neighbours whose link with `kept` is new or has changed."""
+    moved = edges.pop(gone)
+    del moved[kept], edges[kept][gone]
+    for neighbour, (counts, rank) in moved.items():
+        del edges[neighbour][gone]
+        if neighbour in edges[kept]:
+            other, other_rank = edges[kept][neighbour]
+            counts, rank = counts + other, min(rank, other_rank)
+        edges[kept][neighbour] = edges[neighbour][kept] = (counts, rank)
+    return list(moved)
+
+
+def groups_of_pairs(pairs: Counts, num_nodes: int) -> Ids:
+    """The least member of each node's group (num_nodes,) after all pairs (num_pairs, 2) were joined."""
+    graph = scipy.sparse.coo_array((np.ones(len(pairs), np.int8), (pairs[:, 0], pairs[:, 1])), shape=(num_nodes,) * 2)
+    count, group = scipy.sparse.csgraph.connected_components(graph, directed=False)
+    least = np.empty(count, np.int32)
+    least[group[::-1]] = np.arange(num_nodes, dtype=np.int32)[::-1]  # the last one written stays: the least
+    named: Ids = least[group]
+    return named

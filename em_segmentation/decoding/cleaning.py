@@ -1,0 +1,123 @@
+"""What is left to do with labels: small objects, holes, and ids that start at 1."""
+
+import numpy as np
+import numpy.typing as npt
+import scipy.ndimage
+
+from em_segmentation.decoding.agglomeration import groups_of_pairs
+from em_segmentation.decoding.region_graph import Counts, Ids, RegionGraph, relabelled_graph
+
+Compact = npt.NDArray[np.unsignedinteger]
+AnyIds = npt.NDArray[np.integer]
+
+
+def without_small(sizes: Counts, min_size: int) -> Ids:
+    """Mapping that keeps labels of at least min_size voxels and makes others 0; sizes (n + 1,) by label."""
+    mapping = np.arange(len(sizes), dtype=np.int32)
+    mapping[sizes < min_size] = 0
+    return mapping
+
+
+def small_joined(sizes: Counts, graph: RegionGraph, min_size: int) -> Ids:
+    """Mapping that joins labels below min_size voxels to the neighbour of highest mean affinity, again and again.
+
+    Equal means by the least (u, v). A group without neighbours stays as it is. sizes (n + 1,) by label; groups are
+    named by their least label.
+    """
+    mapping = np.arange(len(sizes), dtype=np.int32)
+    while len(graph.u):
+        is_small = sizes < min_size
+        best = np.full(len(sizes), -1.0)
+        mean, rank = graph.mean, np.arange(len(graph.u))
+        first = np.full(len(sizes), len(graph.u))
+        for end in (graph.u, graph.v):
+            np.maximum.at(best, end, mean)
+        for end in (graph.u, graph.v):
+            top = (best[end] == mean) & is_small[end]
+            np.minimum.at(first, end[top], rank[top])
+        chosen = np.unique(first[first < len(graph.u)])
+        if len(chosen) == 0:
+            break
+        joined = groups_of_pairs(np.stack([graph.u[chosen], graph.v[chosen]], 1).astype(np.int64), len(sizes))
+        sizes = np.bincount(joined, sizes.astype(np.float64), len(sizes)).astype(np.int64)
+        mapping = joined[mapping]
+        graph = relabelled_graph(graph, joined)
+    return mapping
+
+
+def label_sizes(labels: Ids, num_labels: int) -> Counts:
+    """Voxels of labels 0..num_labels (num_labels + 1,)."""
+    return np.bincount(labels.reshape(-1), minlength=num_labels + 1)
+
+
+def in_order_of_appearance(labels: AnyIds) -> Compact:
+    """Ids 1..n in the order of each label's first voxel, 0 stays 0; of the smallest unsigned dtype that holds n."""
+    flat = labels.reshape(-1)
+    changes = np.flatnonzero(np.concatenate([np.ones(min(1, flat.size), np.bool_), flat[1:] != flat[:-1]]))
+    ids, first, number = np.unique(flat[changes], return_index=True, return_inverse=True)
+    order = np.argsort(np.where(ids == 0, -1, first), kind="stable")
+    new = np.empty(len(ids), np.int64)
+    new[order] = np.arange(len(ids)) + (0 if len(ids) and ids[order[0]] == 0 else 1)
+    compact = new[number].astype(smallest_dtype(int(new.max()) if len(new) else 0))
+    return np.repeat(compact, np.diff(changes, append=flat.size)).reshape(labels.shape)
+
+
+def first_voxels(labels: Ids, num_labels: int) -> Counts:
+    """The linear index of the first voxel of labels 0..num_labels (num_labels + 1,); 0 where there is none."""
+    first = np.zeros(num_labels + 1, np.int64)
+    flat = labels.reshape(-1)
+    first[flat[::-1]] = np.arange(flat.size)[::-1]  # the last one written stays: the first voxel
+    return first
+
+
+def numbered_by_appearance(objects: Ids, firsts: Counts) -> tuple[Compact, int]:
+    """Objects of labels numbered 1..n by their first voxels (num_labels + 1,), and n; 0 stays 0.
+
+    objects: of each label; firsts: linear index of each label's first voxel.
+    """
+    first = np.full(len(objects), np.iinfo(np.int64).max)
+    np.minimum.at(first, objects, firsts)
+    is_used = np.zeros(len(objects), np.bool_)
+    is_used[objects] = True
+    is_used[0] = False
+    used = np.flatnonzero(is_used)
+    number = np.zeros(len(objects), smallest_dtype(len(used)))
+    number[used[np.argsort(first[used])]] = np.arange(1, len(used) + 1, dtype=number.dtype)
+    return number[objects], len(used)
+
+
+def smallest_dtype(largest: int) -> np.dtype[np.unsignedinteger]:
+    """The narrowest of uint8, uint16, uint32, uint64 that holds the id `largest`."""
+    return next(np.dtype(kind) for kind in (np.uint8, np.uint16, np.uint32, np.uint64) if largest <= np.iinfo(kind).max)
+
+
+def filled_holes(labels: Ids) -> Ids:
+    """Labels [z, y, x] with background that one single object encloses given to that object; other objects stay.
+
+    A hole is a face-connected piece of background that touches no face of the volume.
+    """
+    pieces, count = scipy.ndimage.label(labels == 0)
+    owner = np.zeros(count + 1, np.int64)  # 0: not seen, -1: no hole, else the only object around it
+    for axis in range(3):
+        for end in (0, -1):
+            owner[np.take(pieces, end, axis)] = -1
+    for axis in range(3):
+        n = labels.shape[axis]
+        low, high = np.arange(n - 1), np.arange(1, n)
+        for inner, outer in ((low, high), (high, low)):
+            hole, around = np.take(pieces, inner, axis).reshape(-1), np.take(labels, outer, axis).reshape(-1)
+            met = np.flatnonzero((hole > 0) & (around > 0))
+            owner = _with_owner(owner, hole[met], around[met])
+    owner[0] = 0
+    filled: Ids = np.where(owner[pieces] > 0, owner[pieces], labels).astype(labels.dtype)
+    return filled
+
+
+def _with_owner(owner: Counts, hole: AnyIds, around: AnyIds) -> Counts:
+    """Owners after these contacts: -1 where two objects differ."""
+    least, greatest = np.full(len(owner), np.iinfo(np.int64).max), np.zeros(len(owner), np.int64)
+    np.minimum.at(least, hole, around)
+    np.maximum.at(greatest, hole, around)
+    seen = greatest > 0
+    agreed = seen & (least == greatest) & ((owner == 0) | (owner == greatest))
+    return np.where(seen, np.where(agreed, greatest, -1), owner)

@@ -1,0 +1,189 @@
+"""A trained network over a whole volume: probabilities as bytes, plane range by plane range, in memory bounded by tiles."""
+
+import copy
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from common.checkpoint import load_checkpoint, load_weights
+from common.config import restore
+from common.errors import config_error
+from common.tiling import Box, balanced_tile, blended_planes, exact_tiles
+from common.volumes.volume import Volume
+from em_segmentation.config import BASE, Config, Targets
+from em_segmentation.model_defs.registry import SegmentationModel, build_model
+from em_segmentation.objective import channel_ranges
+from em_segmentation.turns import averaged, turns_of
+from em_segmentation.volumes import Scale, normalised
+
+Triple = tuple[int, int, int]
+Bytes = npt.NDArray[np.uint8]
+KIND = "em_segmentation"
+AUXILIARY = ("centre", "lsd")  # targets that help training and are not written
+
+
+def load_model(path: Path, device: torch.device) -> tuple[SegmentationModel, Config]:
+    """The averaged weights of a checkpoint as a model in eval mode, and the config it was trained with."""
+    saved = load_checkpoint(path, KIND, {"config": str, "weights": dict})
+    config = restore(BASE, saved["config"], path)
+    model = build_model(config)
+    load_weights(model, saved["weights"], path)
+    return model.eval().to(device, memory_format=torch.channels_last_3d), config  # type: ignore[call-overload]
+
+
+def working_copy(model: SegmentationModel, precision: str) -> SegmentationModel:
+    """The model in the precision it runs fastest in; in bfloat16 all weights are rounded to 8 bits of mantissa."""
+    return copy.deepcopy(model).to(torch.bfloat16 if precision == "bf16" else torch.float32)
+
+
+def written_channels(settings: Targets) -> dict[str, slice]:
+    """The channels of a prediction: those of the targets that are probabilities or distances."""
+    ranges, first = {}, 0
+    for name, channels in channel_ranges(settings).items():
+        if name not in AUXILIARY:
+            ranges[name] = slice(first, first + channels.stop - channels.start)
+            first = ranges[name].stop
+    return ranges
+
+
+def as_probabilities(logits: Tensor, settings: Targets) -> Tensor:
+    """Logits of all targets (1, C, z, y, x) as values in [0, 1], without auxiliary targets.
+
+    sigmoid, softmax of several classes; signed distances as (tanh + 1) / 2.
+    """
+    parts = []
+    for name, channels in channel_ranges(settings).items():
+        own = logits[:, channels].float()
+        if name == "semantic" and settings.semantic_classes > 1:
+            parts.append(own.softmax(1))
+        elif name == "distance":
+            parts.append((own.tanh() + 1) / 2)
+        elif name not in AUXILIARY:
+            parts.append(own.sigmoid())
+    return torch.cat(parts, 1)
+
+
+def probability_network(model: SegmentationModel, config: Config) -> Callable[[Tensor], Tensor]:
+    """The model as a function from normalised voxels (1, c, z, y, x) to probabilities, averaged over turns."""
+    dtype = next(model.parameters()).dtype
+
+    def network(x: Tensor) -> Tensor:
+        logits = model(x.to(dtype).contiguous(memory_format=torch.channels_last_3d))
+        assert isinstance(logits, Tensor), "Expected a model in eval mode"
+        return as_probabilities(logits, config.targets)
+
+    settings = config.targets
+    channels = written_channels(settings)
+    affinities = channels["affinity"] if "affinity" in channels else slice(0, 0)
+    return averaged(
+        network, turns_of(config.inference.tta), affinities, settings.affinity_offsets, settings.affinity_stored_at
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """Reads boxes of an image, normalised; beyond the far faces it repeats the last voxels up to `padded`."""
+
+    image: Volume
+    scale: Scale
+    device: torch.device
+    padded: Triple  # z, y, x
+
+    def __call__(self, box: Box) -> Tensor:
+        """(1, c, z, y, x) float32."""
+        corner, last = box
+        inside = [min(stop, n) for stop, n in zip(last, self.image.shape, strict=True)]
+        size = (inside[0] - corner[0], inside[1] - corner[1], inside[2] - corner[2])
+        voxels = torch.from_numpy(normalised(self.image, corner, size, self.scale))[None].to(self.device)
+        more = [stop - n for stop, n in zip(last, inside, strict=True)]
+        if any(more):
+            voxels = torch.nn.functional.pad(voxels, (0, more[2], 0, more[1], 0, more[0]), "replicate")
+        return voxels
+
+
+def padded_shape(shape: Triple, grid: Triple) -> Triple:
+    """Every edge at the next multiple of a grid, so that flipped tiles lie on the network's grid too."""
+    z, y, x = (-(-n // edge) * edge for n, edge in zip(shape, grid, strict=True))
+    return z, y, x
+
+
+@torch.inference_mode()
+def predicted_planes(
+    model: SegmentationModel, image: Volume, scale: Scale, config: Config, planes: tuple[int, int]
+) -> Iterator[tuple[int, Bytes]]:
+    """Yield (first plane, bytes [C, dz, y, x]) of the planes [first, last) of an image, in ascending order.
+
+    Bytes are round(255 p). Any range of planes has the bits that it has as part of the whole.
+    """
+    parts = exact_planes if config.inference.tiling == "exact" else window_planes
+    for first, found in parts(model, image, scale, config, planes):
+        begin, end = max(first, planes[0]), min(first + found.shape[1], planes[1])
+        kept = found[:, begin - first : end - first, : image.shape[1], : image.shape[2]]
+        if end > begin:
+            yield begin, (kept * 255).round().to(torch.uint8).cpu().numpy()
+
+
+def exact_planes(
+    model: SegmentationModel, image: Volume, scale: Scale, config: Config, planes: tuple[int, int]
+) -> Iterator[tuple[int, Tensor]]:
+    """Rows of exact tiles that touch the planes; each output computed once."""
+    if model.halo is None or model.alignment is None:
+        raise config_error(
+            f"inference.tiling: {config.model.architecture} looks at whole windows; expected inference.tiling=blended"
+        )
+    network, device = probability_network(model, config), next(model.parameters()).device
+    shape = padded_shape(image.shape, model.alignment)
+    read = Reader(image, scale, device, shape)
+    halo = model.halo
+    if config.inference.tta != "none" and "affinity" in config.targets.names:
+        reach = [max(abs(offset[axis]) for offset in config.targets.affinity_offsets) for axis in range(3)]
+        halo = (halo[0] + reach[0], halo[1] + reach[1], halo[2] + reach[2])
+    edges = balanced_tile(shape, fitting(config.inference.tile_size, model.alignment), model.alignment)
+    tiles = exact_tiles(shape, edges, 1, model.alignment, halo)
+    for first, row in itertools.groupby(tiles, lambda tile: tile.write[0].start):
+        if first >= planes[1] or first + edges[0] <= planes[0]:
+            continue
+        output = torch.empty(0)
+        for tile in row:
+            found = network(read(tile.read))[0][(slice(None), *tile.keep)]
+            if output.dim() == 1:
+                output = found.new_empty(len(found), found.shape[1], *shape[1:])
+            output[(slice(None), slice(None), *tile.write[1:])] = found
+        yield first, output
+
+
+def fitting(size: Triple, grid: Triple) -> Triple:
+    """The largest multiples of a grid that are no larger, and at least one of each."""
+    z, y, x = (max(edge, n // edge * edge) for n, edge in zip(size, grid, strict=True))
+    return z, y, x
+
+
+def window_planes(
+    model: SegmentationModel, image: Volume, scale: Scale, config: Config, planes: tuple[int, int]
+) -> Iterator[tuple[int, Tensor]]:
+    """Planes out of overlapping windows."""
+    wanted = config.inference.window_size
+    window = wanted if wanted is not None else config.data.patch_size
+    shape = (max(image.shape[0], window[0]), max(image.shape[1], window[1]), max(image.shape[2], window[2]))
+    read = Reader(image, scale, next(model.parameters()).device, shape)
+    network = probability_network(model, config)
+    return blended_planes(network, read, shape, window, 1, config.inference.overlap, planes)
+
+
+@torch.inference_mode()
+def rounding_cost(model: SegmentationModel, image: Volume, scale: Scale, config: Config) -> float:
+    """The largest change of a probability that the working precision causes, on one patch from the middle."""
+    size = tuple(min(n, edge) for n, edge in zip(image.shape, config.data.patch_size, strict=True))
+    corner = tuple((n - edge) // 2 for n, edge in zip(image.shape, size, strict=True))
+    last = tuple(c + s for c, s in zip(corner, size, strict=True))
+    read = Reader(image, scale, next(model.parameters()).device, image.shape)
+    plain = dataclasses.replace(config, inference=dataclasses.replace(config.inference, tta="none"))
+    voxels = read(((corner[0], corner[1], corner[2]), (last[0], last[1], last[2])))
+    fast = working_copy(model, config.inference.precision)
+    return float((probability_network(fast, plain)(voxels) - probability_network(model, plain)(voxels)).abs().max())

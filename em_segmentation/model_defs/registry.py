@@ -1,0 +1,191 @@
+"""Networks by name: what a config's model.architecture may say, and how each is built.
+
+A network of one's own: register_architecture("mine", build) with build(config, out_channels) -> any nn.Module from
+(B, in, z, y, x) to (B, out, z, y, x); then model.architecture=mine.
+"""
+
+import difflib
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from common.errors import config_error
+from em_segmentation.config import Config
+from em_segmentation.model_defs.mednext import SIZES, MedNeXt
+from em_segmentation.model_defs.rsunet import RSUNet, kernels_along_z
+from em_segmentation.model_defs.swin_unetr import SwinUNETR
+from em_segmentation.model_defs.unetr import UNETR
+from em_segmentation.model_defs.unets import BasicUNet3d, ResidualUNet3d
+from em_segmentation.targets import num_channels
+
+Triple = tuple[int, int, int]
+Builder = Callable[[Config, int], nn.Module]  # the config and the number of output channels
+ALIASES = {
+    "monai_basic_unet3d": "basic_unet3d",
+    "monai_unet": "unet",
+    "monai_unetr": "unetr",
+    "monai_swin_unetr": "swin_unetr",
+}
+
+
+class SegmentationModel(nn.Module):
+    """A network with its name: (B, in, z, y, x) -> (B, out, z, y, x), or in training a list of scales, finest first.
+
+    halo, alignment: how far an output looks and where tiles may begin (z, y, x); None where a whole window matters.
+    """
+
+    def __init__(self, architecture: str, network: nn.Module) -> None:
+        super().__init__()
+        self.architecture = architecture
+        self.network = network
+        self.halo: Triple | None = getattr(network, "halo", None)
+        self.alignment: Triple | None = getattr(network, "alignment", None)
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        logits: Tensor | list[Tensor] = self.network(x)
+        return logits
+
+    def get_model_info(self) -> dict[str, str | int | bool]:
+        """Name, class, numbers of parameters, and whether tiles can be exact."""
+        parameters = list(self.parameters())
+        return {
+            "architecture": self.architecture,
+            "class": type(self.network).__name__,
+            "parameters": sum(parameter.numel() for parameter in parameters),
+            "trainable_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+            "exact_tiles": self.halo is not None,
+        }
+
+
+def build_basic_unet(config: Config, out_channels: int) -> nn.Module:
+    filters = config.model.filters
+    if len(filters) != 6:
+        raise config_error(
+            f"model.filters: basic_unet3d takes 6 numbers (five levels and the last), got {list(filters)}"
+        )
+    six = (filters[0], filters[1], filters[2], filters[3], filters[4], filters[5])
+    return BasicUNet3d(config.model.in_channels, out_channels, six, config.model.dropout)
+
+
+def build_unet(config: Config, out_channels: int) -> nn.Module:
+    if len(config.model.filters) < 2:
+        raise config_error(f"model.filters: unet takes at least 2 levels, got {list(config.model.filters)}")
+    check_multiple(config, 2 ** (len(config.model.filters) - 1))
+    return ResidualUNet3d(config.model.in_channels, out_channels, config.model.filters, config.model.dropout)
+
+
+def build_unetr(config: Config, out_channels: int) -> nn.Module:
+    check_multiple(config, 16)
+    model = config.model
+    return UNETR(model.in_channels, out_channels, config.data.patch_size, model.feature_size, model.dropout)
+
+
+def build_swin_unetr(config: Config, out_channels: int) -> nn.Module:
+    check_multiple(config, 32)
+    model = config.model
+    if model.feature_size % 12:
+        raise config_error(f"model.feature_size: swin_unetr takes multiples of 12 (24, 48), got {model.feature_size}")
+    return SwinUNETR(model.in_channels, out_channels, model.feature_size, model.dropout)
+
+
+def build_mednext(config: Config, out_channels: int) -> nn.Module:
+    check_multiple(config, 16)
+    model, size = config.model, SIZES[config.model.mednext_size]
+    return MedNeXt(
+        model.in_channels,
+        out_channels,
+        size.base_channels,
+        model.mednext_kernel_size,
+        size.expansions,
+        size.blocks,
+        False,
+        model.deep_supervision,
+        model.activation_checkpointing,
+    )
+
+
+def build_mednext_custom(config: Config, out_channels: int) -> nn.Module:
+    check_multiple(config, 16)
+    model = config.model
+    return MedNeXt(
+        model.in_channels,
+        out_channels,
+        model.mednext_base_channels,
+        model.mednext_kernel_size,
+        model.mednext_exp_r,
+        model.mednext_block_counts,
+        model.mednext_grn,
+        model.deep_supervision,
+        model.activation_checkpointing,
+    )
+
+
+def build_rsunet(config: Config, out_channels: int) -> nn.Module:
+    model, voxel_size = config.model, config.data.voxel_size_nm
+    assert voxel_size is not None, "Expected a config whose voxel size was read from the volumes"
+    kernel_z = model.kernel_z if model.kernel_z else kernels_along_z(voxel_size, len(model.filters))
+    return RSUNet(model.in_channels, out_channels, model.filters, kernel_z, model.norm)
+
+
+ARCHITECTURES: dict[str, Builder] = {
+    "basic_unet3d": build_basic_unet,
+    "unet": build_unet,
+    "unetr": build_unetr,
+    "swin_unetr": build_swin_unetr,
+    "mednext": build_mednext,
+    "mednext_custom": build_mednext_custom,
+    "rsunet": build_rsunet,
+}
+
+
+def check_multiple(config: Config, multiple: int) -> None:
+    """A config error where a network's levels do not fit into patches and windows."""
+    windows = {"data.patch_size": config.data.patch_size, "inference.window_size": config.inference.window_size}
+    for name, size in windows.items():
+        if size is not None and any(edge % multiple for edge in size):
+            raise config_error(
+                f"{name}: {config.model.architecture} takes multiples of {multiple} voxels, got {list(size)}"
+            )
+
+
+def list_architectures() -> list[str]:
+    """The names that model.architecture may have, without aliases."""
+    return sorted(ARCHITECTURES)
+
+
+def print_available_architectures() -> None:
+    for name in list_architectures():
+        others = ", ".join(alias for alias, meant in ALIASES.items() if meant == name)
+        print(f"{name} (also {others})" if others else name)
+
+
+def register_architecture(name: str, builder: Builder) -> None:
+    """Add a network; a config error where the name is taken."""
+    if name in ARCHITECTURES or name in ALIASES:
+        raise config_error(f"register_architecture: {name} exists already; expected a new name")
+    ARCHITECTURES[name] = builder
+
+
+def get_architecture_builder(name: str) -> Builder:
+    """The builder of a name or an alias; a config error lists the nearest names."""
+    meant = ALIASES[name] if name in ALIASES else name
+    if meant not in ARCHITECTURES:
+        close = difflib.get_close_matches(name, [*ARCHITECTURES, *ALIASES], 1, 0.5)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise config_error(
+            f"model.architecture: no network {name!r}; expected one of {', '.join(list_architectures())}{hint}"
+        )
+    return ARCHITECTURES[meant]
+
+
+def build_model(config: Config) -> SegmentationModel:
+    """The network of a config, with as many output channels as its targets need."""
+    needed = sum(num_channels(name, config.targets) for name in config.targets.names)
+    if config.model.out_channels not in (0, needed):
+        raise config_error(
+            f"model.out_channels: {', '.join(config.targets.names)} need {needed}, got {config.model.out_channels}; "
+            "expected that number, or 0"
+        )
+    return SegmentationModel(
+        config.model.architecture, get_architecture_builder(config.model.architecture)(config, needed)
+    )

@@ -1,0 +1,94 @@
+"""A residual symmetric U-Net for affinities and membranes: small, batch-normalised, so that tiles can be exact.
+
+After Lee et al. 2017 (arXiv:1706.00120), with summed skips and, where sections are thick, kernels that stay in plane until
+the levels become isotropic; here two convolutions per module, ReLU, and nearest-neighbour upsampling.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from common.blocks import NormName, norm_layer
+
+Triple = tuple[int, int, int]
+THICK = 2.0  # sections at least so much thicker than a pixel is wide are not mixed at a level
+
+
+def kernels_along_z(voxel_size_nm: tuple[float, float, float], num_levels: int) -> tuple[int, ...]:
+    """Kernel edges along z per level, finest first: 1 while a voxel is THICK times longer than wide, then 3."""
+    length, width = voxel_size_nm[0], min(voxel_size_nm[1:])
+    edges = []
+    for _ in range(num_levels):
+        edges.append(1 if length >= THICK * width else 3)
+        length, width = length * (2 if edges[-1] == 3 else 1), width * 2
+    return tuple(edges)
+
+
+class ResidualModule(nn.Module):
+    """conv-norm-relu into the width, then conv-norm beside the identity, relu: (B, in, z, y, x) -> (B, out, z, y, x)."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: Triple, norm: NormName) -> None:
+        super().__init__()
+        padding = [edge // 2 for edge in kernel]
+        self.conv1 = nn.Conv3d(in_channels, out_channels, kernel, padding=padding, bias=False)
+        self.norm1 = norm_layer(norm, 3, out_channels)
+        self.conv2 = nn.Conv3d(out_channels, out_channels, kernel, padding=padding, bias=False)
+        self.norm2 = norm_layer(norm, 3, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.relu(self.norm1(self.conv1(x)), inplace=True)
+        return nn.functional.relu(x + self.norm2(self.conv2(x)), inplace=True)
+
+
+class RSUNet(nn.Module):
+    """(B, in, z, y, x) -> (B, out, z, y, x), any size; the last strip of an odd map is pooled by itself.
+
+    filters: per level, finest first. kernel_z: 1 or 3 per level; a level with 1 is pooled in plane only.
+    halo and alignment: how far, in voxels z, y, x, an output looks (None: at the whole tile), and where tiles may begin.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, filters: tuple[int, ...], kernel_z: tuple[int, ...], norm: NormName
+    ) -> None:
+        super().__init__()
+        assert len(kernel_z) == len(filters), f"Expected one kernel per level, got {kernel_z} for {filters}"
+        kernels: list[Triple] = [(edge, 3, 3) for edge in kernel_z]
+        widths = [in_channels, *filters]
+        self.downs = nn.ModuleList(
+            ResidualModule(widths[level], widths[level + 1], kernel, norm) for level, kernel in enumerate(kernels)
+        )
+        self.factors: list[Triple] = [(2 if edge == 3 else 1, 2, 2) for edge in kernel_z[:-1]]
+        finer = list(range(len(filters) - 1))
+        self.raises = nn.ModuleList(nn.Conv3d(filters[level + 1], filters[level], 1, bias=False) for level in finer)
+        self.ups = nn.ModuleList(
+            ResidualModule(filters[level], filters[level], kernels[level], norm) for level in finer
+        )
+        self.head = nn.Conv3d(filters[0], out_channels, 1)
+        reach, scale = [0, 0, 0], [1, 1, 1]
+        for level, kernel in enumerate(kernels):
+            convolutions = 2 if level == len(kernels) - 1 else 4  # down and up
+            for axis in range(3):
+                reach[axis] += convolutions * (kernel[axis] // 2) * scale[axis]
+                if level < len(self.factors):
+                    reach[axis] += 2 * (self.factors[level][axis] - 1) * scale[axis]
+                    scale[axis] *= self.factors[level][axis]
+        # statistics of a group norm come from the whole tile
+        self.halo: Triple | None = (reach[0], reach[1], reach[2]) if norm == "batch" else None
+        self.alignment: Triple = (scale[0], scale[1], scale[2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        skips = []
+        for level, down in enumerate(self.downs):
+            x = down(x)
+            if level < len(self.factors):
+                skips.append(x)
+                x = nn.functional.max_pool3d(x, self.factors[level], ceil_mode=True)
+        for level in reversed(range(len(self.factors))):
+            x = self.ups[level](skips[level] + doubled(self.raises[level](x), self.factors[level], skips[level].shape))
+        logits: Tensor = self.head(x)
+        return logits
+
+
+def doubled(x: Tensor, factors: Triple, shape: torch.Size) -> Tensor:
+    """Nearest-neighbour upsampling, cut to the finer level's size."""
+    raised = nn.functional.interpolate(x, scale_factor=tuple(map(float, factors)), mode="nearest")
+    return raised[:, :, : shape[2], : shape[3], : shape[4]]

@@ -1,0 +1,66 @@
+"""Learning rate, best weights and early stop as pure functions of the step and of the figures so far."""
+
+from common.schedule import warmup_then_cosine
+from em_segmentation.config import Config
+
+Record = dict[str, float]
+
+
+def learning_rate_share(step: int, records: list[Record], config: Config) -> float:
+    """The share of optimizer.lr at a step: linear warm-up, then the scheduler's course; never below min_lr."""
+    scheduler, per_epoch = config.scheduler, config.training.steps_per_epoch
+    last = config.training.max_epochs * per_epoch
+    warm = min(round(scheduler.warmup_epochs * per_epoch), last - 1)
+    floor = min(1.0, scheduler.min_lr / config.optimizer.lr)
+    if step < warm or scheduler.name == "cosine":
+        return warmup_then_cosine(step, last, warm, floor)
+    if scheduler.name == "constant":
+        return 1.0
+    epoch = step // per_epoch
+    falls = epoch // scheduler.step_epochs if scheduler.name == "step" else num_plateaus(records, epoch, config)
+    return max(floor, scheduler.factor**falls)
+
+
+def monitored(records: list[Record], name: str) -> list[Record]:
+    """The records of validations that hold a figure, in order."""
+    return [record for record in records if "epoch" in record and name in record]
+
+
+def better(value: float, than: float, mode: str) -> bool:
+    return value < than if mode == "min" else value > than
+
+
+def num_plateaus(records: list[Record], epoch: int, config: Config) -> int:
+    """How often, before an epoch, the figure of early stopping had not improved for scheduler.patience epochs."""
+    settings = config.early_stopping
+    best, waited, plateaus = None, 0, 0
+    for record in monitored(records, settings.monitor):
+        if record["epoch"] > epoch:
+            break
+        if best is None or better(record[settings.monitor], best, settings.mode):
+            best, waited = record[settings.monitor], 0
+            continue
+        waited += 1
+        if waited >= config.scheduler.patience:
+            plateaus, waited = plateaus + 1, 0
+    return plateaus
+
+
+def ends_early(records: list[Record], config: Config) -> bool:
+    """Whether the last early_stopping.patience epochs brought no improvement."""
+    settings = config.early_stopping
+    values = [record[settings.monitor] for record in monitored(records, settings.monitor)]
+    if settings.patience == 0 or not values:
+        return False
+    pick = min if settings.mode == "min" else max
+    return len(values) - 1 - values.index(pick(values)) >= settings.patience
+
+
+def ranked(records: list[Record], config: Config) -> list[Record]:
+    """Validated epochs, best first by checkpoint.monitor, of equals the later; without validation the last is best."""
+    settings = config.checkpoint
+    epochs = [record for record in records if "epoch" in record]
+    sign = 1 if settings.mode == "min" else -1
+    if monitored(records, settings.monitor):
+        return sorted(epochs, key=lambda record: (sign * record[settings.monitor], -record["epoch"]))
+    return sorted(epochs, key=lambda record: -record["epoch"])

@@ -1,0 +1,113 @@
+"""Test-time augmentation: the network sees a tile flipped and turned, its output is brought back and averaged.
+
+An affinity belongs to a direction. Turned back, the channel of offset o speaks of the offset M o, where M is the turn: it
+is another channel, or that channel seen from the edge's other end, one offset further. Averaging flipped affinities
+without this is wrong at every boundary.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from common.errors import config_error
+
+Triple = tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """Seen tile: y and x swapped if `swapped`, then reversed along the flipped axes."""
+
+    flips: tuple[bool, bool, bool]
+    swapped: bool
+
+    def see(self, x: Tensor) -> Tensor:
+        """(..., z, y, x) as the network sees it."""
+        x = x.transpose(-1, -2) if self.swapped else x
+        return x.flip(self._axes()) if any(self.flips) else x
+
+    def back(self, x: Tensor) -> Tensor:
+        """What the network said (..., z, y, x), in the tile's own axes."""
+        x = x.flip(self._axes()) if any(self.flips) else x
+        return x.transpose(-1, -2) if self.swapped else x
+
+    def offset_back(self, offset: Triple) -> Triple:
+        """The offset in the tile's own axes that an offset in the seen tile is."""
+        z, y, x = (-step if flip else step for step, flip in zip(offset, self.flips, strict=True))
+        return (z, x, y) if self.swapped else (z, y, x)
+
+    def _axes(self) -> list[int]:
+        return [axis - 3 for axis, flip in enumerate(self.flips) if flip]
+
+
+def turns_of(name: str) -> list[Turn]:
+    """The turns of inference.tta; the first is the tile as it is."""
+    flips_z = (False,) if name in ("none", "flips_in_plane", "turns_in_plane") else (False, True)
+    flips_yx = [(False, False)] if name == "none" else list(itertools.product((False, True), repeat=2))
+    swaps = (False, True) if name in ("turns_in_plane", "all") else (False,)
+    return [Turn((z, y, x), swap) for swap, z, (y, x) in itertools.product(swaps, flips_z, flips_yx)]
+
+
+def affinity_moves(turn: Turn, offsets: tuple[Triple, ...], stored_at: str) -> list[tuple[int, Triple]]:
+    """Per channel: the channel of the turned output that speaks of the same edges, and where: at v + shift.
+
+    Raises a config error where no channel does.
+    """
+    backs = [turn.offset_back(offset) for offset in offsets]
+    moves: list[tuple[int, Triple]] = []
+    sign = 1 if stored_at == "source" else -1
+    for z, y, x in offsets:
+        if (z, y, x) in backs:
+            moves.append((backs.index((z, y, x)), (0, 0, 0)))
+        elif (-z, -y, -x) in backs:
+            moves.append((backs.index((-z, -y, -x)), (sign * z, sign * y, sign * x)))
+        else:
+            raise config_error(
+                f"inference.tta: turned, no offset of targets.affinity_offsets becomes {[z, y, x]}; expected offsets that "
+                "turns exchange, or inference.tta=none"
+            )
+    return moves
+
+
+def averaged(
+    network: Callable[[Tensor], Tensor],
+    turns: list[Turn],
+    affinities: slice,
+    offsets: tuple[Triple, ...],
+    stored_at: str,
+) -> Callable[[Tensor], Tensor]:
+    """A network (1, c, z, y, x) -> (1, C, z, y, x) of probabilities as its mean over turns.
+
+    affinities: its channels that belong to offsets. Near a face, an edge that a turn cannot know is averaged without it.
+    """
+    moves = [affinity_moves(turn, offsets, stored_at) for turn in turns] if affinities.stop > affinities.start else []
+
+    def average(x: Tensor) -> Tensor:
+        total, count = torch.empty(0), torch.empty(0)
+        for number, turn in enumerate(turns):
+            found = turn.back(network(turn.see(x))).float()
+            if number == 0:
+                total = found.clone()
+                count = torch.ones(found.shape[1:], device=found.device)  # (C, z, y, x)
+                continue
+            for channel in range(found.shape[1]):
+                source, shift = channel, (0, 0, 0)
+                if affinities.start <= channel < affinities.stop:
+                    source, shift = moves[number][channel - affinities.start]
+                    source += affinities.start
+                here, there = overlap(shift, (found.shape[2], found.shape[3], found.shape[4]))
+                total[:, channel][(slice(None), *here)] += found[:, source][(slice(None), *there)]
+                count[channel][here] += 1
+        return total / count
+
+    return average
+
+
+def overlap(shift: Triple, shape: Triple) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """The voxels v for which v + shift lies inside too, and those v + shift."""
+    here = tuple(slice(max(0, -s), max(0, n - max(0, s))) for s, n in zip(shift, shape, strict=True))
+    there = tuple(slice(max(0, s), max(0, n + min(0, s))) for s, n in zip(shift, shape, strict=True))
+    return here, there

@@ -1,0 +1,123 @@
+"""Validation on fixed patches: each seen exactly once, on any number of processes, with the averaged weights."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+from common.errors import data_error
+from common.interrupt import ignore_interrupts
+from common.loading import next_batch
+from common.parallel import all_ranks_do, gather_objects
+from em_segmentation.augmentation import Patch
+from em_segmentation.config import Config, Targets
+from em_segmentation.dataset import PatchList, Volumes, stack, to_device, validation_places
+from em_segmentation.figures import draw_patch
+from em_segmentation.objective import build_targets, channel_ranges, forward, loss_of
+from em_segmentation.targets import Target
+
+Row = dict[str, float]  # of one patch: its number, its loss, and counts or sums per target
+
+
+def possible_figures(settings: Targets) -> list[str]:
+    """The names that a validation's figures have, for checkpoint.monitor and early_stopping.monitor."""
+    per_target = {
+        "semantic": ["val_dice", "val_jaccard"],
+        "boundary": ["val_boundary_dice"],
+        "affinity": ["val_cut_f1"],
+        "distance": ["val_distance_error"],
+        "centre": ["val_centre_error"],
+        "lsd": ["val_lsd_error"],
+    }
+    return ["val_loss", *(figure for name in settings.names for figure in per_target[name])]
+
+
+@torch.inference_mode()
+def validate(model: nn.Module, volumes: Volumes, config: Config, folder: Path) -> dict[str, float]:
+    """Loss and figures over all validation patches; none without validation volumes.
+
+    Dice and Jaccard pool all voxels (of several classes: their mean over the foreground classes); cut F1 is that of
+    edges between different objects; errors are mean absolute ones.
+    """
+    if not volumes.val:
+        return {}
+    rows = all_ranks_do(lambda: score_own_patches(model, volumes, config, folder))
+    together = sorted((row for part in gather_objects(rows) for row in part), key=lambda row: row["patch"])
+    return figures_of(together, config.targets)
+
+
+def score_own_patches(model: nn.Module, volumes: Volumes, config: Config, folder: Path) -> list[Row]:
+    """Rows of this rank's share of the validation patches; the first patch is drawn into figures/validation.png."""
+    places = validation_places(volumes.val, config.data.patch_size, config.data.val_patches)
+    mine = list(range(dist.get_rank(), len(places), dist.get_world_size()))
+    loader = DataLoader(
+        Subset(PatchList(volumes.val, places, config.data.patch_size), mine),
+        batch_size=1,  # so that no figure depends on how many processes share the patches
+        num_workers=config.data.num_workers,
+        collate_fn=stack,
+        worker_init_fn=ignore_interrupts,
+    )
+    device = next(model.parameters()).device
+    rows: list[Row] = []
+    for host_batch in next_batch(loader, "data.num_workers"):
+        batch = to_device(host_batch, device)
+        targets = build_targets(batch, config.targets, volumes.voxel_size_nm)
+        logits = forward(model, batch.image, config.training.precision)[0].float()
+        if not torch.isfinite(logits).all():
+            raise data_error("train: the validation output is not finite; lower optimizer.lr")
+        losses = loss_of([logits], targets, config)
+        rows.append(score_patch(batch, logits, targets, config.targets) | {"val_loss": losses[0].item()})
+        if config.logging.pictures and rows[-1]["patch"] == 0:
+            draw_patch(batch, logits, targets, config, folder / "figures" / "validation.png")
+    return rows
+
+
+def score_patch(batch: Patch, logits: Tensor, targets: list[Target], settings: Targets) -> Row:
+    """Counts and sums of one patch (batch of one), from which figures_of makes figures."""
+    row: Row = {"patch": float(batch.position[0])}
+    for (name, channels), target in zip(channel_ranges(settings).items(), targets, strict=True):
+        own = logits[:, channels]
+        valid = target.valid.expand_as(target.values)
+        if name in ("semantic", "boundary", "affinity"):
+            for key, (truth, found) in masks_of(name, own, target.values, settings).items():
+                row[f"{name} {key} both"] = float((truth & found & valid).sum())
+                row[f"{name} {key} truth"] = float((truth & valid).sum())
+                row[f"{name} {key} found"] = float((found & valid).sum())
+        else:
+            output = own.tanh() if name == "distance" else own
+            row[f"{name} error"] = float(((output - target.values).abs() * valid).sum())
+            row[f"{name} voxels"] = float(valid.sum())
+    return row
+
+
+def masks_of(name: str, logits: Tensor, values: Tensor, settings: Targets) -> dict[str, tuple[Tensor, Tensor]]:
+    """What a target's masks are called, and each as truth and as found (1, C, z, y, x): cut edges of affinities."""
+    if name == "semantic" and settings.semantic_classes > 1:
+        classes = logits.argmax(1, keepdim=True)
+        return {f"class {k}": (values == k, classes == k) for k in range(1, settings.semantic_classes)}
+    if name == "affinity":
+        return {"cut": (values < 0.5, logits < 0)}
+    return {"mask": (values > 0.5, logits > 0)}
+
+
+def figures_of(rows: list[Row], settings: Targets) -> dict[str, float]:
+    """The figures of a validation from its patches' rows."""
+    totals = {name: sum(row[name] for row in rows) for name in rows[0]}
+    figures = {"val_loss": totals["val_loss"] / len(rows)}
+    for name in settings.names:
+        if name in ("semantic", "boundary", "affinity"):
+            keys = [key.removesuffix(" both") for key in totals if key.startswith(f"{name} ") and key.endswith(" both")]
+            sums = np.array([[totals[f"{key} {part}"] for part in ("both", "truth", "found")] for key in keys])
+            both, either = sums[:, 0], sums[:, 1] + sums[:, 2]
+            dice = float(np.where(either > 0, 2 * both / np.maximum(either, 1), 1.0).mean())
+            jaccard = float(np.where(either > 0, both / np.maximum(either - both, 1), 1.0).mean())
+            if name == "semantic":
+                figures |= {"val_dice": dice, "val_jaccard": jaccard}
+            else:
+                figures["val_boundary_dice" if name == "boundary" else "val_cut_f1"] = dice
+        else:
+            figures[f"val_{name}_error"] = totals[f"{name} error"] / max(1.0, totals[f"{name} voxels"])
+    return figures

@@ -1,0 +1,208 @@
+"""The volumes that a config names: image, labels and mask of each, opened lazily, checked against each other."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from common.errors import config_error, data_error
+from common.volumes.axes import check_same_shape
+from common.volumes.opening import open_volume
+from common.volumes.slices import natural_key
+from common.volumes.volume import StoredBox, Volume
+from em_segmentation.config import Data
+
+Role = Literal["train", "val", "test"]
+Triple = tuple[int, int, int]
+VoxelSize = tuple[float, float, float]
+SAMPLED_SECTIONS = 32  # spread evenly over z, whose middle is looked at for the grey scale
+SAMPLED_EDGE = 512  # voxels, of that middle
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """Grey values per channel are seen as (value - mean) / deviation."""
+
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Annotated:
+    """One volume of a role: its image, what is known of it, and the sections that are used."""
+
+    image: Volume
+    label: Volume | None
+    mask: Volume | None
+    sections: tuple[int, int]  # first and one past the last z
+    voxel_size_nm: VoxelSize
+    scale: Scale
+
+    @property
+    def shape(self) -> Triple:
+        """Voxels z, y, x of the sections that are used."""
+        return self.sections[1] - self.sections[0], self.image.shape[1], self.image.shape[2]
+
+    def read_image(self, corner: Triple, size: Triple) -> npt.NDArray[np.float32]:
+        """A box [c, z, y, x] of the image in standard deviations from the mean; corner counts from the first section."""
+        return normalised(self.image, self._at(corner), size, self.scale)
+
+    def read_labels(self, corner: Triple, size: Triple) -> npt.NDArray[np.int64]:
+        """Ids or classes [c, z, y, x] of a box."""
+        assert self.label is not None, f"{self.image.path} has no labels"
+        return as_ids(self.label.read_channels(self._at(corner), size))
+
+    def read_annotated(self, corner: Triple, size: Triple) -> npt.NDArray[np.bool_]:
+        """Whether a box's voxels [1, z, y, x] are annotated: all, where there is no mask."""
+        if self.mask is None:
+            return np.ones((1, *size), np.bool_)
+        known: npt.NDArray[np.bool_] = self.mask.read_channels(self._at(corner), size)[:1] != 0
+        return known
+
+    def _at(self, corner: Triple) -> Triple:
+        return corner[0] + self.sections[0], corner[1], corner[2]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class InMemory(Volume):
+    """Some sections of a volume, read once."""
+
+    voxels: npt.NDArray[np.generic] = dataclasses.field(repr=False)  # [c, z, y, x]
+
+    def _read_stored(self, box: StoredBox) -> npt.NDArray[np.generic]:
+        return self.voxels[box]
+
+
+def in_memory(volume: Volume, sections: tuple[int, int]) -> InMemory:
+    """The sections [first, last) of a volume as a volume of their own."""
+    depth = sections[1] - sections[0]
+    voxels = volume.read_channels((sections[0], 0, 0), (depth, *volume.shape[1:]))
+    return InMemory(
+        volume.path, "czyx", (depth, *volume.shape[1:]), len(voxels), volume.dtype, volume.spacing_angstrom, voxels
+    )
+
+
+def normalised(image: Volume, corner: Triple, size: Triple, scale: Scale) -> npt.NDArray[np.float32]:
+    """A box [c, z, y, x] in standard deviations from the mean; a data error for voxels that are not finite."""
+    voxels = image.read_channels(corner, size).astype(np.float32)
+    if image.dtype.kind == "f" and not np.isfinite(voxels).all():
+        raise data_error(f"{image.path}: holds NaN or infinite voxels near z, y, x = {list(corner)}; export it again")
+    mean, deviation = (np.array(v, np.float32)[:, None, None, None] for v in (scale.mean, scale.deviation))
+    voxels -= mean
+    voxels /= deviation
+    return voxels
+
+
+def as_ids(labels: npt.NDArray[np.generic]) -> npt.NDArray[np.int64]:
+    """Labels of any integer dtype as int64; ids from 2^63 on are renumbered within the box."""
+    if labels.dtype == np.uint64 and labels.size and labels.max() >= 2**63:
+        ids, number = np.unique(labels, return_inverse=True)
+        renumbered: npt.NDArray[np.int64] = number.reshape(labels.shape) + (0 if ids[0] == 0 else 1)
+        return renumbered
+    return labels.astype(np.int64)
+
+
+def sampled_boxes(shape: Triple, sections: tuple[int, int]) -> tuple[list[Triple], Triple]:
+    """Corners and size of the middles of evenly spread sections: what stands for a volume of any size."""
+    first, last = sections
+    chosen = np.unique(np.linspace(first, last - 1, min(last - first, SAMPLED_SECTIONS)).round().astype(int))
+    y, x = (max(0, (edge - SAMPLED_EDGE) // 2) for edge in shape[1:])
+    return [(int(z), y, x) for z in chosen], (1, min(shape[1], SAMPLED_EDGE), min(shape[2], SAMPLED_EDGE))
+
+
+def measure_scale(image: Volume, sections: tuple[int, int]) -> Scale:
+    """Mean and deviation of each channel, from the sampled boxes.
+
+    Raises a data error for an image that is constant, boolean or not finite there.
+    """
+    corners, size = sampled_boxes(image.shape, sections)
+    sample = np.concatenate([image.read_channels(corner, size) for corner in corners], 1)
+    if sample.dtype.kind not in "uif":
+        raise data_error(f"{image.path}: holds {sample.dtype}, no grey values; expected an image")
+    flat = sample.reshape(len(sample), -1).astype(np.float64)
+    if not np.isfinite(flat).all():
+        raise data_error(f"{image.path}: holds NaN or infinite voxels; export the volume again")
+    mean, deviation = flat.mean(1), flat.std(1)
+    if not (deviation > 0).all():
+        raise data_error(f"{image.path}: all sampled voxels equal {flat[0, 0]:g}; expected an image with contrast")
+    return Scale(tuple(mean.tolist()), tuple(deviation.tolist()))
+
+
+def expand(names: tuple[str, ...], key: str) -> list[str]:
+    """The locations that names with * stand for, in natural order."""
+    found: list[str] = []
+    for name in names:
+        if "*" not in name:
+            found.append(name)
+            continue
+        path = Path(name)
+        anchor = Path(path.anchor) if path.is_absolute() else Path()
+        matches = sorted(anchor.glob(str(path.relative_to(path.anchor))), key=lambda match: natural_key(str(match)))
+        if not matches:
+            raise config_error(f"data.{key}: {name} matches nothing; expected files or folders by that pattern")
+        found += map(str, matches)
+    return found
+
+
+def open_role(data: Data, role: Role) -> list[Annotated]:
+    """The volumes of one role with everything about them checked; empty where the config names none."""
+    images, labels, masks = (
+        expand(getattr(data, f"{role}_{kind}"), f"{role}_{kind}") for kind in ("image", "label", "mask")
+    )
+    for kind, others in (("label", labels), ("mask", masks)):
+        if others and len(others) != len(images):
+            raise config_error(f"data.{role}_{kind}: expected one per image, found {len(others)} for {len(images)}")
+    volumes = [
+        open_annotated(data, role, image, labels[n] if labels else None, masks[n] if masks else None)
+        for n, image in enumerate(images)
+    ]
+    for volume in volumes[1:]:
+        if volume.image.num_channels != volumes[0].image.num_channels:
+            raise data_error(
+                f"{volume.image.path}: has {volume.image.num_channels} channels, {volumes[0].image.path} has "
+                f"{volumes[0].image.num_channels}; expected the same of all"
+            )
+    return volumes
+
+
+def open_annotated(data: Data, role: Role, image_name: str, label_name: str | None, mask_name: str | None) -> Annotated:
+    """One volume with its labels and mask, of one shape."""
+    image = open_volume(image_name, data.image_axes)
+    others = [open_volume(name, data.label_axes) if name is not None else None for name in (label_name, mask_name)]
+    for other in others:
+        if other is not None:
+            check_same_shape(image, other)
+            if other.dtype.kind not in "uib":
+                raise data_error(
+                    f"{other.path}: holds {other.dtype} labels (expected whole-numbered ids): convert them, "
+                    "for example labels.round().astype('uint32')"
+                )
+    wanted: tuple[int, int] | None = getattr(data, f"{role}_sections")
+    first, last = wanted if wanted is not None else (0, image.shape[0])
+    if last > image.shape[0]:
+        raise config_error(
+            f"data.{role}_sections: [{first}, {last}] reaches beyond the {image.shape[0]} sections of {image.path}"
+        )
+    voxel_size = data.voxel_size_nm if data.voxel_size_nm is not None else image.voxel_size_nm
+    if voxel_size is None:
+        raise config_error(f"data.voxel_size_nm: {image.path} does not say its own; give [z, y, x] in nm")
+    return Annotated(image, others[0], others[1], (first, last), voxel_size, measure_scale(image, (first, last)))
+
+
+def digest(volumes: list[Annotated]) -> str:
+    """Changes with what training reads: shapes, sections, grey scales, and the labels and masks in the sampled boxes."""
+    found = hashlib.sha256()
+    for one in volumes:
+        found.update(
+            json.dumps([one.shape, one.sections, one.voxel_size_nm, one.scale.mean, one.scale.deviation]).encode()
+        )
+        for volume in (one.label, one.mask):
+            corners, size = sampled_boxes(one.image.shape, one.sections)
+            for corner in corners if volume is not None else []:
+                assert volume is not None
+                found.update(np.ascontiguousarray(as_ids(volume.read_channels(corner, size))).tobytes())
+    return found.hexdigest()
