@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from common.errors import data_error
 from common.files import write_atomically
@@ -61,6 +62,24 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path)
     if damaged is not None:
         raise data_error(f"{path}: {damaged} is not finite; the run diverged (lower its learning rates) or was damaged")
     model.load_state_dict(weights)
+
+
+def load_optimizer(optimizer: Optimizer, saved: dict[str, Any], moments: tuple[str, ...]) -> None:
+    """Load an optimizer's state that fits: groups by name, the named moments by shape; a ValueError says what does not.
+
+    Hold it inside files.parsing: a damaged state makes torch raise in many ways.
+    """
+    names = [group["name"] for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    if [group["name"] for group in optimizer.param_groups] != names:
+        raise ValueError(f"expected groups {names}")
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            if any(state[name].shape != parameter.shape for name in moments):
+                raise ValueError("moments of another shape")
+            if "exp_avg" in moments and "step" not in state:
+                raise ValueError("no step")
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from common.config import ConfigType, as_yaml, configure, describe
+from common.config import ConfigType, as_yaml, configure, describe, read_yaml
 from common.errors import config_error
 
 CHANGE = re.compile(r"[a-z]\w*\.[a-z]\w*=")  # section.name=value
@@ -27,7 +27,8 @@ def script_parser(description: str, presets: dict[str, ConfigType]) -> ScriptPar
     named = next((word for word, raw in zip(words, sys.argv, strict=True) if raw.startswith("--preset=")), named)
     named = named if named in presets else default  # parse_config tells an unknown one; this is for --help
     parser = change_parser(description, f"the preset {named}", presets[named])
-    parser.add_argument("--preset", default=default, metavar="NAME", help=f"{', '.join(presets)} (default {default})")
+    words_of_preset = f"{', '.join(presets)} (default: what the YAML names as run.preset, else {default})"
+    parser.add_argument("--preset", default=None, metavar="NAME", help=words_of_preset)
     return parser
 
 
@@ -49,6 +50,16 @@ def split_changes(words: list[str]) -> tuple[list[str], list[str]]:
     return changes, [word for word in words if word not in changes]
 
 
+def preset_of(yaml_files: list[Path], default: str) -> str:
+    """The preset on which YAML files stand: the last run.preset among them, or the default."""
+    named = default
+    for file in yaml_files:
+        tree = read_yaml(file)
+        if "run" in tree and isinstance(tree["run"], dict) and "preset" in tree["run"]:
+            named = str(tree["run"]["preset"])
+    return named
+
+
 def parse_config(
     parser: argparse.ArgumentParser, presets: dict[str, ConfigType], arguments: list[str]
 ) -> tuple[ConfigType, argparse.Namespace]:
@@ -57,10 +68,12 @@ def parse_config(
     A script that has --run FOLDER begins with that run's config.yaml.
     """
     chosen = parser.parse_intermixed_args(arguments)
-    if chosen.preset not in presets:
-        raise config_error(f"--preset {chosen.preset}: expected one of {', '.join(presets)}")
     base = [chosen.run / "config.yaml"] if "run" in chosen and chosen.run is not None else []
-    config = configure(presets[chosen.preset], [*base, *chosen.config], chosen.changes)
+    files = [*base, *chosen.config]
+    preset = chosen.preset if chosen.preset is not None else preset_of(chosen.config, next(iter(presets)))
+    if preset not in presets:
+        raise config_error(f"--preset {preset}: expected one of {', '.join(presets)}")
+    config = configure(presets[preset], files, chosen.changes)
     if chosen.print_config:
         print(as_yaml(config), end="")
         sys.exit(0)

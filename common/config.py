@@ -38,7 +38,7 @@ def configure(constants: ConfigType, yaml_files: list[Path], changes: list[str])
     problems: list[str] = []
     tree: dict[str, Any] = {}
     for file in yaml_files:
-        _merge(tree, _read_yaml(file))
+        _merge(tree, read_yaml(file))
     for change in changes:
         name, equals, text = change.partition("=")
         if not equals or not name:
@@ -112,7 +112,8 @@ def _comments(section: type) -> dict[str, str]:
     return comments
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+def read_yaml(file: Path) -> dict[str, Any]:
+    """A YAML file of sections; a config error where it is none."""
     try:
         tree = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -205,7 +206,11 @@ def _convert(value: Any, declared: Any) -> Any:
     if origin is Literal:
         if any(value == choice and type(value) is type(choice) for choice in arguments):
             return value
+        if type(value) is int and str(value) in arguments:
+            return str(value)  # YAML reads precision: 32 as a number
         raise ValueError
+    if origin is tuple and arguments[0] is str and arguments[-1] is Ellipsis and type(value) is str:
+        return (value,)  # one name where a list of names may stand
     if origin is tuple and isinstance(value, list | tuple):
         kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
         if len(kinds) != len(value):

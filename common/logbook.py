@@ -48,6 +48,15 @@ def open_run(folder: Path, config: Any, identity: str, arguments: list[str]) -> 
     note_environment(folder / "environment.json", environment(arguments))
 
 
+def clear_run(folder: Path) -> None:
+    """Delete a run's folder, and nothing that is not one."""
+    if not folder.exists():
+        return
+    if not (folder / "config.yaml").exists():
+        raise config_error(f"--fresh: {folder} is not a run's folder (no config.yaml in it); nothing was deleted")
+    shutil.rmtree(folder)
+
+
 def note_environment(path: Path, now: dict[str, Any]) -> None:
     """Write where a run began; later, add where it continued if that may change bits."""
     with parsing(path, "delete it, and it is written anew"):

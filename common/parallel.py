@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -79,6 +80,22 @@ def all_ranks_do(work: Callable[[], Item]) -> Item:
 def first_rank_does(work: Callable[[], None]) -> None:
     """Let the first rank work while the others wait; a user error there ends every rank, and is printed once."""
     all_ranks_do(lambda: work() if dist.get_rank() == 0 else None)
+
+
+def check_same_step(step: int, folder: Path) -> None:
+    """Every process must continue a run at the same step: its folder lies on a disk that all machines share."""
+    steps = gather_objects(step)
+    if len(set(steps)) > 1:
+        raise met_by_all(
+            config_error(
+                f"run.root: the processes would continue {folder} at the steps {steps}; "
+                "give a folder on a disk that all machines share"
+            )
+        )
+
+
+def inference_device() -> torch.device:
+    return torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
 
 
 def average_gradients(model: nn.Module) -> None:

@@ -6,7 +6,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from common.errors import data_error
-from common.parallel import average_gradients, met_by_all, sum_over_ranks
+from common.parallel import average_gradients, gather_objects, met_by_all, sum_over_ranks
 
 
 class RunningStatistics:
@@ -42,6 +42,29 @@ class RunningStatistics:
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """The forward pass's precision: float32, bfloat16, or float16 (with a scaled loss)."""
     return torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32")
+
+
+def agree_on_step(losses: Tensor, names: list[str], stop_asked: bool) -> tuple[float, bool]:
+    """The mean loss of a step over all ranks, and whether any rank was asked to stop, in one exchange.
+
+    losses: (samples of this rank,); names: what each sample is called. A loss that is not a number stops every rank and
+    names the samples.
+    """
+    assert len(losses) == len(names), f"Expected {len(losses)} names, got {len(names)}"
+    bad = ~torch.isfinite(losses)
+    mine = [losses.double().sum(), bad.sum().double(), losses.new_tensor(float(len(losses))).double()]
+    exchanged = torch.stack([*mine, losses.new_tensor(float(stop_asked)).double()])
+    total, num_bad, num_losses, num_asked = sum_over_ranks(exchanged).tolist()
+    if num_bad:
+        mine_named = [name for name, is_bad in zip(names, bad.tolist(), strict=True) if is_bad]
+        everyones = [name for part in gather_objects(mine_named) for name in part]
+        raise met_by_all(
+            data_error(
+                f"train: the loss is not finite on {', '.join(everyones)}; look at these patches, or lower the learning "
+                "rates; the last checkpoint is kept"
+            )
+        )
+    return float(total / num_losses), num_asked > 0
 
 
 def guarded_update(model: nn.Module, optimizer: Optimizer, scaler: GradScaler, max_gradient_norm: float) -> Tensor:

@@ -25,22 +25,29 @@ class Tile:
     write: tuple[slice, slice, slice]  # of the whole output
 
 
+def cube(edge: int) -> Triple:
+    """The same length along z, y and x."""
+    return edge, edge, edge
+
+
 def output_shape(shape: Triple, stride: int) -> Triple:
     """ceil(n / stride) per axis, as strided convolutions with half padding give it."""
     return -(-shape[0] // stride), -(-shape[1] // stride), -(-shape[2] // stride)
 
 
-def exact_tiles(shape: Triple, tile: Triple, stride: int, alignment: int, halo: int) -> Iterator[Tile]:
+def exact_tiles(shape: Triple, tile: Triple, stride: int, alignment: Triple, halo: Triple) -> Iterator[Tile]:
     """Tiles that cover an input of `shape` once, z slowest; all lengths in input cells.
 
     tile: of kept input per tile, a multiple of alignment; alignment: a multiple of stride; halo: reach of the network.
     """
-    assert all(edge % alignment == 0 for edge in tile) and alignment % stride == 0, f"{tile}, {alignment}, {stride}"
-    margin = -(-halo // alignment) * alignment
+    assert all(edge % grid == 0 and grid % stride == 0 for edge, grid in zip(tile, alignment, strict=True)), (
+        f"{tile}, {alignment}, {stride}"
+    )
+    margins = [-(-reach // grid) * grid for reach, grid in zip(halo, alignment, strict=True)]
     starts = [range(0, n, edge) for n, edge in zip(shape, tile, strict=True)]
     for corner in itertools.product(*starts):
         first, last, keep, write = [], [], [], []
-        for start, edge, n in zip(corner, tile, shape, strict=True):
+        for start, edge, n, margin in zip(corner, tile, shape, margins, strict=True):
             stop = min(start + edge, n)
             begin, end = max(0, start - margin), min(stop + margin, n)
             first.append(begin)
@@ -55,12 +62,12 @@ def exact_tiles(shape: Triple, tile: Triple, stride: int, alignment: int, halo: 
         )
 
 
-def balanced_tile(shape: Triple, largest: Triple, alignment: int) -> Triple:
+def balanced_tile(shape: Triple, largest: Triple, alignment: Triple) -> Triple:
     """The edges, multiples of alignment, of as few tiles as `largest` allows, all about equally large."""
     edges = []
-    for n, limit in zip(shape, largest, strict=True):
+    for n, limit, grid in zip(shape, largest, alignment, strict=True):
         count = -(-n // limit)
-        edges.append(-(-n // (count * alignment)) * alignment)
+        edges.append(-(-n // (count * grid)) * grid)
     return edges[0], edges[1], edges[2]
 
 
@@ -99,24 +106,69 @@ def run_blended(
     stride: int,
     overlap: float,
 ) -> Tensor:
-    """The weighted mean of a network's logits over overlapping windows, (C, ceil(z/stride), ...) float32.
+    """The weighted mean of a network's map over overlapping windows, (C, ceil(z/stride), ...) float32; see blended_planes."""
+    planes = (0, output_shape(shape, stride)[0])
+    return torch.cat([part for _, part in blended_planes(network, read, shape, window, stride, overlap, planes)], 1)
 
-    Windows start at multiples of the stride; cells are weighted by a Gaussian of 1/8 of the window's edge.
+
+def blended_planes(
+    network: Callable[[Tensor], Tensor],
+    read: Callable[[Box], Tensor],
+    shape: Triple,
+    window: Triple,
+    stride: int,
+    overlap: float,
+    planes: tuple[int, int],
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield (first plane, (C, dz, y, x) float32) of the output planes [first, last), as soon as no window is to come.
+
+    Windows start at multiples of the stride; cells are weighted by a Gaussian of 1/8 of the window's edge. Only a window's
+    depth of planes is held; any range of planes has the bits that it has as part of the whole.
     """
-    total: Tensor | None = None
-    weight_sum = torch.zeros(())
+    _, high, wide = output_shape(shape, stride)
     starts = [window_starts(n, edge, overlap) for n, edge in zip(shape, window, strict=True)]
-    for corner in itertools.product(*starts):
-        begin = [start // stride * stride for start in corner]
-        end = [min(start + edge, n) for start, edge, n in zip(corner, window, shape, strict=True)]
-        logits = network(read(((begin[0], begin[1], begin[2]), (end[0], end[1], end[2]))))[0].float()
+    rows = [start // stride for start in starts[0]]  # first plane of each row of windows
+    ends = [-(-min(start + window[0], shape[0]) // stride) for start in starts[0]]
+    used = [number for number in range(len(rows)) if rows[number] < planes[1] and ends[number] > planes[0]]
+    total = torch.empty(0)
+    held = rows[used[0]]  # the first plane that `total` holds
+    for position, number in enumerate(used):
+        sums = blended_row(network, read, shape, window, stride, starts[0][number], (starts[1], starts[2]))
+        missing = ends[number] - held - (total.shape[1] if total.dim() == 4 else 0)
+        fresh = sums.new_zeros(len(sums), missing, high, wide)
+        total = torch.cat([total, fresh], 1) if total.dim() == 4 else fresh
+        total[:, rows[number] - held : ends[number] - held] += sums
+        last = rows[used[position + 1]] if position + 1 < len(used) else ends[number]
+        first, last = max(held, planes[0]), min(last, planes[1])
+        if last > first:
+            part = total[:, first - held : last - held]
+            yield first, part[:-1] / part[-1:]
+        total, held = total[:, max(last, held) - held :].clone(), max(last, held)
+
+
+def blended_row(
+    network: Callable[[Tensor], Tensor],
+    read: Callable[[Box], Tensor],
+    shape: Triple,
+    window: Triple,
+    stride: int,
+    z: int,
+    starts: tuple[list[int], list[int]],
+) -> Tensor:
+    """Weighted sums, and the weights as a last channel, of all windows that start at z: (C + 1, dz, y, x)."""
+    total: Tensor | None = None
+    _, high, wide = output_shape(shape, stride)
+    for y, x in itertools.product(*starts):
+        begin = [start // stride * stride for start in (z, y, x)]
+        end = [min(start + edge, n) for start, edge, n in zip((z, y, x), window, shape, strict=True)]
+        found = network(read(((begin[0], begin[1], begin[2]), (end[0], end[1], end[2]))))[0].float()
+        depth, height, width = found.shape[1:]
+        weights = gaussian_weights((depth, height, width), 1 / 8, found.device)
         if total is None:
-            total = torch.zeros(len(logits), *output_shape(shape, stride), device=logits.device)
-            weight_sum = torch.zeros(output_shape(shape, stride), device=logits.device)
-        z, y, x = logits.shape[1:]
-        weights = gaussian_weights((z, y, x), 1 / 8, logits.device)
-        where = tuple(slice(b // stride, b // stride + n) for b, n in zip(begin, (z, y, x), strict=True))
-        total[(slice(None), *where)] += weights * logits
-        weight_sum[where] += weights
+            total = found.new_zeros(len(found) + 1, depth, high, wide)
+        y0, x0 = begin[1] // stride, begin[2] // stride
+        place = total[:, :, y0 : y0 + height, x0 : x0 + width]
+        place[:-1] += weights * found
+        place[-1] += weights
     assert total is not None
-    return total / weight_sum
+    return total

@@ -6,21 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from common.config import LARGEST_INT, outside
+from common.config import LARGEST_INT, configure, outside
 from data.phantoms.em_settings import EMPhantom
 
 Triple = tuple[int, int, int]
 TargetName = Literal["semantic", "boundary", "affinity", "distance", "centre", "lsd"]
-LossName = Literal[
-    "DiceLoss",
-    "FocalLoss",
-    "TverskyLoss",
-    "DiceCELoss",
-    "BCEWithLogitsLoss",
-    "CrossEntropyLoss",
-    "WeightedBCELoss",
-    "MSELoss",
-]
+LossName = Literal["DiceLoss", "FocalLoss", "TverskyLoss", "DiceCELoss", "BCEWithLogitsLoss", "CrossEntropyLoss",
+                   "WeightedBCELoss", "MSELoss"]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -403,47 +395,9 @@ class Config:
 
 
 BASE = Config(
-    System(),
-    Model(),
-    Data(),
-    EMPhantom(),
-    Targets(),
-    Augmentation(),
-    Optimizer(),
-    Scheduler(),
-    Training(),
-    Checkpoint(),
-    EarlyStopping(),
-    Logging(),
-    Inference(),
-    Decoding(),
-    Evaluation(),
-    Run(),
-)
-
-PHANTOM = dataclasses.replace(
-    BASE,
-    data=dataclasses.replace(BASE.data, source="phantom", patch_size=(24, 64, 64), num_workers=0, use_cache=True),
-    model=dataclasses.replace(
-        BASE.model,
-        architecture="rsunet",
-        filters=(16, 32, 64, 96),
-        loss_functions=("BCEWithLogitsLoss", "DiceLoss"),
-    ),
-    targets=dataclasses.replace(
-        BASE.targets,
-        names=("affinity", "semantic"),
-        weights=(1.0, 1.0),
-        label_channels=(0, 1),
-        semantic_only=(1,),
-        semantic_names=("mitochondria",),
-        affinity_offsets=((1, 0, 0), (0, 1, 0), (0, 0, 1), (3, 0, 0), (0, 6, 0), (0, 0, 6)),
-    ),
-    optimizer=dataclasses.replace(BASE.optimizer, lr=3e-3),
-    training=dataclasses.replace(BASE.training, max_epochs=6, steps_per_epoch=100, ema_decay=0.99),
-    inference=dataclasses.replace(BASE.inference, tiling="exact"),
-    decoding=dataclasses.replace(BASE.decoding, target="affinity"),
-    run=Run(preset="phantom"),
-)
+    System(), Model(), Data(), EMPhantom(), Targets(), Augmentation(), Optimizer(), Scheduler(), Training(), Checkpoint(),
+    EarlyStopping(), Logging(), Inference(), Decoding(), Evaluation(), Run(),
+)  # fmt: skip
+PHANTOM = configure(BASE, [Path(__file__).parent / "tutorials" / "phantom.yaml"], [])
 
 PRESETS: dict[str, Config] = {"phantom": PHANTOM, "base": BASE}

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from common.errors import UserError, config_error
 from common.streams import random_for
 from em_segmentation.augmentation import Patch
+from em_segmentation.augmentation import problems as augmentation_problems
 from em_segmentation.config import Config, Data
 from em_segmentation.volumes import Annotated, Role, Triple, digest, in_memory, open_role
 
@@ -42,9 +43,12 @@ def open_volumes(config: Config) -> Volumes:
     sizes = {volume.voxel_size_nm for volume in (*roles["train"], *roles["val"])}
     if len(sizes) > 1:
         raise config_error(f"data.voxel_size_nm: the volumes differ ({sorted(sizes)} nm); train on one size at a time")
+    voxel_size = sizes.pop()
+    if data.augmentation and (wrong := list(augmentation_problems(data.patch_size, voxel_size, config.augmentation))):
+        raise config_error(*wrong)
     if data.use_cache:
         roles = {role: [cached(volume) for volume in volumes] for role, volumes in roles.items()}
-    return Volumes(roles["train"], roles["val"], sizes.pop(), digest([*roles["train"], *roles["val"]]))
+    return Volumes(roles["train"], roles["val"], voxel_size, digest([*roles["train"], *roles["val"]]))
 
 
 def check_volume(config: Config, role: Role, volume: Annotated) -> None:

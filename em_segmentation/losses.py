@@ -39,7 +39,8 @@ def fitting_problems(targets: "Targets", model: "Model") -> Iterator[str]:
     for number, name in enumerate(targets.names):
         for function in targets.loss_functions[number] if own else model.loss_functions:
             if function not in fitting_losses(name, targets):
-                classes = f" of {targets.semantic_classes} classes" if name == "semantic" else ""
+                several = name == "semantic" and targets.semantic_classes > 1
+                classes = f" of {targets.semantic_classes} classes" if several else ""
                 yield (
                     f"{'targets' if own else 'model'}.loss_functions: {function} does not fit target {name}{classes}; "
                     f"expected {', '.join(fitting_losses(name, targets))} (targets.loss_functions: a list per target)"

@@ -30,6 +30,7 @@ from common.errors import config_error, run_script
 from common.files import write_text
 from common.lock import exclusive
 from common.memory import keep_freed_memory
+from common.parallel import inference_device
 from motor_detection.config import KAGGLE, Config
 from motor_detection.evaluation import (
     Picked,
@@ -41,7 +42,7 @@ from motor_detection.evaluation import (
     middle,
     pick_fold,
 )
-from motor_detection.inference import check_unseen, inference_device, load_model, working_copy
+from motor_detection.inference import check_unseen, load_model, working_copy
 from motor_detection.model_defs.motoridentifier import MotorIdentifier
 from motor_detection.pick_files import write_picks_csv
 from motor_detection.places import (

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -139,21 +138,6 @@ def stack(samples: list[Sample | UserError]) -> Sample | UserError:
         if isinstance(sample, UserError):
             return sample
     return Sample(*(torch.cat([getattr(s, field.name) for s in samples]) for field in dataclasses.fields(Sample)))
-
-
-def next_batch(loader: Iterable[Sample | UserError]) -> Iterator[Sample]:
-    """The batches of a loader. Errors come as items, because a worker process would wrap what it raises in a traceback."""
-    try:
-        for batch in loader:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise data_error(
-            "train.workers: a reading process died (out of memory?); the same command with fewer workers continues"
-        ) from error
 
 
 def to_device(batch: Sample, device: torch.device) -> Sample:

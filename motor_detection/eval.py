@@ -28,11 +28,12 @@ from common.files import read_text, write_text
 from common.lock import exclusive
 from common.logbook import read_metrics
 from common.memory import keep_freed_memory
+from common.parallel import inference_device
 from common.report import Section, write_report
 from motor_detection.config import PRESETS, Config
 from motor_detection.evaluation import Blobs, Picked, blobs_of, choose_blobs, curve_of, evaluate, pick_fold
 from motor_detection.figures import LEARNING_CURVE, draw_learning_curve, draw_picks, draw_precision_recall, view_of
-from motor_detection.inference import check_unseen, inference_device, load_model, tell_rounding, working_copy
+from motor_detection.inference import check_unseen, load_model, tell_rounding, working_copy
 from motor_detection.labels import LabelledTomogram
 from motor_detection.model_defs.motoridentifier import MotorIdentifier
 from motor_detection.pick_files import write_picks_csv

@@ -4,13 +4,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-from common.files import write_atomically
+from common.figures import save_figure
 from common.metrics.detection import DetectionCurve
 from motor_detection.evaluation import Picked
 
@@ -33,12 +30,6 @@ class PickView:
     centre: np.ndarray  # (3,) voxel that the slices pass through
     spacing_angstrom: np.ndarray  # (3,)
     title: str
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure as PNG, atomically, and free it."""
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110, bbox_inches="tight"))
-    plt.close(figure)
 
 
 def draw_learning_curve(records: list[dict[str, float]], path: Path) -> None:

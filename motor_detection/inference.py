@@ -18,7 +18,7 @@ from torch import Tensor
 from common.checkpoint import load_checkpoint, load_weights
 from common.config import restore
 from common.errors import config_error, data_error
-from common.tiling import Box, Triple, balanced_tile, exact_tiles, output_shape, run_blended, run_exactly
+from common.tiling import Box, Triple, balanced_tile, cube, exact_tiles, output_shape, run_blended, run_exactly
 from motor_detection.config import KAGGLE, Config
 from motor_detection.intensity import Intensity, measure_intensity, to_bytes
 from motor_detection.labels import LabelledTomogram
@@ -73,10 +73,6 @@ def check_unseen(path: Path, roles: tuple[str, ...], tomograms: list[LabelledTom
             f"{path}: {len(seen)} of {len(tomograms)} tomograms to judge it on were among those for {' or '.join(roles)} "
             f"({', '.join(seen[:3])}): the table's folds have changed since; train again, or restore the table"
         )
-
-
-def inference_device() -> torch.device:
-    return torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
 
 
 def working_copy(model: MotorIdentifier, precision: str) -> MotorIdentifier:
@@ -141,8 +137,8 @@ def two_pass_logits(
     levels = output_shape(shape, fine.stride)
     with tempfile.TemporaryDirectory() as folder:
         features = _allocate((model.split_channels, *levels), dtype, device, Path(folder))
-        edges = balanced_tile(shape, tile, fine.alignment)
-        tiles = exact_tiles(shape, edges, fine.stride, fine.alignment, fine.halo)
+        edges = balanced_tile(shape, tile, cube(fine.alignment))
+        tiles = exact_tiles(shape, edges, fine.stride, cube(fine.alignment), cube(fine.halo))
         run_exactly(model.fine, read, list(tiles), features)
 
         def read_features(box: Box) -> Tensor:
@@ -151,9 +147,9 @@ def two_pass_logits(
 
         # a cell of this map is cheap and the halo wide, so its tiles are twice as long on each axis
         edge = [max(coarse.alignment, 2 * n // fine.stride // coarse.alignment * coarse.alignment) for n in tile]
-        edges = balanced_tile(levels, (edge[0], edge[1], edge[2]), coarse.alignment)
+        edges = balanced_tile(levels, (edge[0], edge[1], edge[2]), cube(coarse.alignment))
         logits = torch.empty(1, *output_shape(shape, model.stride))
-        tiles = exact_tiles(levels, edges, coarse.stride, coarse.alignment, coarse.halo)
+        tiles = exact_tiles(levels, edges, coarse.stride, cube(coarse.alignment), cube(coarse.halo))
         run_exactly(model.coarse, read_features, list(tiles), logits)
     return logits[0]
 

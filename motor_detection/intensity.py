@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import data_error
-from common.volumes import Volume
+from common.volumes.volume import Volume
 
 SAMPLED_SLICES = 24  # spread evenly over z: a few million voxels, read in well under a second
 CLIPPED_PERCENT = 0.1  # of the voxels at either end when floats become bytes

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import config_error, data_error
-from common.volumes import FILE_SUFFIXES, SLICE_SUFFIXES
+from common.volumes.opening import FILE_SUFFIXES
+from common.volumes.slices import SLICE_SUFFIXES
 
 NUM_FOLDS = 4  # of the relabelled table; the original one has no folds and gets as many
 EXCLUDED_FOLD = -1

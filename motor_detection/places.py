@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import shutil
 from pathlib import Path
 
 import yaml
@@ -95,12 +94,3 @@ def run_folder(config: Config) -> Path:
     """runs/motor_detection/PRESET-<hash of what shapes the weights>, or run.name."""
     digest = hashlib.sha256(training_identity(config).encode()).hexdigest()[:8]
     return config.run.root / (config.run.name if config.run.name is not None else f"{config.run.preset}-{digest}")
-
-
-def clear_run(folder: Path) -> None:
-    """Delete a run's folder, and nothing that is not one."""
-    if not folder.exists():
-        return
-    if not (folder / "config.yaml").exists():
-        raise config_error(f"--fresh: {folder} is not a run's folder (no config.yaml in it); nothing was deleted")
-    shutil.rmtree(folder)

@@ -36,13 +36,14 @@ from common.files import parsing, read_text, write_text
 from common.lock import exclusive
 from common.logbook import progress
 from common.memory import keep_freed_memory
-from common.volumes import FILE_SUFFIXES, SLICE_SUFFIXES
+from common.parallel import inference_device
+from common.volumes.opening import FILE_SUFFIXES
+from common.volumes.slices import SLICE_SUFFIXES
 from motor_detection.config import KAGGLE, Config
 from motor_detection.copick_files import write_copick_json
 from motor_detection.dynamo_files import write_dynamo_table
 from motor_detection.inference import (
     check_same_grid,
-    inference_device,
     load_model,
     pick_motors,
     tell_rounding,

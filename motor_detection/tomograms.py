@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import data_error
-from common.volumes import Volume, open_volume
+from common.volumes.opening import open_volume
+from common.volumes.volume import Volume
 from motor_detection.intensity import measure_intensity, to_bytes
 from motor_detection.labels import LabelledTomogram
 from motor_detection.patches import ByteVolume
@@ -29,7 +30,7 @@ def open_tomogram(path: Path, label: LabelledTomogram | None, voxel_spacing_angs
 
     Raises a data error where no spacing is known, or the shape contradicts the label.
     """
-    volume = open_volume(path)
+    volume = open_volume(path, "zyx")
     if label is not None and volume.shape != label.shape:
         raise data_error(
             f"{path}: is {list(volume.shape)} voxels (z, y, x), the label table says {list(label.shape)}; "

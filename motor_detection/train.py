@@ -25,14 +25,14 @@ from common.checkpoint import load_checkpoint
 from common.command import parse_config, script_parser
 from common.errors import data_error, run_script
 from common.lock import exclusive
-from common.logbook import open_run
+from common.logbook import clear_run, open_run
 from common.memory import keep_freed_memory
 from common.parallel import all_ranks_do, first_rank_does, process_group
 from motor_detection.config import PRESETS, Config
 from motor_detection.convert import convert
 from motor_detection.dataset import Patches, choose_patches
 from motor_detection.figures import draw_learning_curve
-from motor_detection.places import clear_run, read_tomograms, resolve_data, run_folder, training_identity
+from motor_detection.places import read_tomograms, resolve_data, run_folder, training_identity
 from motor_detection.trainer import KIND, check_hardware, train
 
 

@@ -19,19 +19,20 @@ from torch.amp import GradScaler
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
-from common.checkpoint import load_checkpoint, load_weights, save_checkpoint, update_average
+from common.checkpoint import load_checkpoint, load_optimizer, load_weights, save_checkpoint, update_average
 from common.config import as_yaml
 from common.errors import config_error, data_error
 from common.files import parsing
 from common.interrupt import StopRequest, ignore_interrupts, stop_on_signal
+from common.loading import next_batch
 from common.logbook import Scalars, progress, write_metrics
-from common.parallel import all_ranks_do, gather_objects, met_by_all, sum_over_ranks
+from common.parallel import all_ranks_do, check_same_step
 from common.schedule import warmup_then_cosine
-from common.step import RunningStatistics, autocast, guarded_update
+from common.step import RunningStatistics, agree_on_step, autocast, guarded_update
 from common.streams import micro_batches, seed_dropout
 from motor_detection.augmentation import augmented_batch
 from motor_detection.config import Config, Model
-from motor_detection.dataset import Patches, PatchStream, Sample, next_batch, stack, to_device
+from motor_detection.dataset import Patches, PatchStream, Sample, stack, to_device
 from motor_detection.losses import heatmap_loss
 from motor_detection.model_defs.motoridentifier import MotorIdentifier, count_parameters
 from motor_detection.places import training_identity
@@ -120,27 +121,11 @@ def resume(state: State, path: Path, config: Config, patches: Patches) -> None:
     load_weights(state.model, saved["model"], path)
     load_weights(state.average, saved["weights"], path)
     with parsing(path, "start over with --fresh"):
-        load_optimizer(state.optimizer, saved["optimizer"])
+        load_optimizer(state.optimizer, saved["optimizer"], ("exp_avg", "exp_avg_sq"))
         state.scaler.load_state_dict(saved["scaler"])
         if not all(isinstance(value, int | float) for record in saved["records"] for value in record.values()):
             raise ValueError("records that are no numbers")
     state.step, state.records, state.best = saved["step"], saved["records"], saved["best"]
-
-
-def load_optimizer(optimizer: AdamW, saved: dict[str, Any]) -> None:
-    """Load an optimizer's state that fits: groups by name, moments by shape; a ValueError says what does not."""
-    names = [group["name"] for group in optimizer.param_groups]
-    optimizer.load_state_dict(saved)
-    if [group["name"] for group in optimizer.param_groups] != names:
-        raise ValueError(f"expected groups {names}")
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            moments = optimizer.state[parameter]
-            if (
-                any(moments[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq"))
-                or "step" not in moments
-            ):
-                raise ValueError("moments of another shape")
 
 
 def take_step(
@@ -176,33 +161,14 @@ def take_step(
         state.scaler.scale(losses.mean() / rounds).backward()  # type: ignore[no-untyped-call]
         statistics.end_micro_batch()
         seen.append((losses.detach(), batch.index))
-    mean_loss, stop_asked = agree_on_step(seen, stop, patches.train)
+    losses, numbers = (torch.cat(parts) for parts in zip(*seen, strict=True))  # (samples of this rank,)
+    names = [str(patches.train[k]) for k in numbers.tolist()]
+    mean_loss, stop_asked = agree_on_step(losses, names, stop.asked)
     statistics.end_step(rounds * dist.get_world_size())
     norm = guarded_update(state.model, state.optimizer, state.scaler, train.max_gradient_norm)
     update_average(state.average, state.model, train.ema_decay, state.step)
     state.step += 1
     return {"loss": mean_loss, "gradient_norm": norm.item(), "learning_rate_share": share}, stop_asked
-
-
-def agree_on_step(seen: list[tuple[Tensor, Tensor]], stop: StopRequest, files: list[Path]) -> tuple[float, bool]:
-    """The mean loss of a step over all ranks, and whether any rank was asked to stop, in one exchange.
-
-    A loss that is not a number stops every rank and names the patches.
-    """
-    losses, numbers = (torch.cat(parts) for parts in zip(*seen, strict=True))  # (samples of this rank,)
-    bad = ~torch.isfinite(losses)
-    mine = [losses.double().sum(), bad.sum().double(), losses.new_tensor(float(len(losses))).double()]
-    exchanged = torch.stack([*mine, losses.new_tensor(float(stop.asked)).double()])
-    total, num_bad, num_losses, num_asked = sum_over_ranks(exchanged).tolist()
-    if num_bad:
-        names = [str(files[k]) for part in gather_objects(numbers[bad].tolist()) for k in part]
-        raise met_by_all(
-            data_error(
-                f"train: the loss is not finite on {', '.join(names)}; look at these patches, or lower the learning rates; "
-                "the last checkpoint is kept"
-            )
-        )
-    return float(total / num_losses), num_asked > 0
 
 
 def save(state: State, folder: Path, config: Config, patches: Patches) -> None:
@@ -248,7 +214,7 @@ def train(config: Config, folder: Path, patches: Patches, device: torch.device) 
         print(f"MotorIdentifier, {count_parameters(state.model):,} parameters; {counts}; {where}", flush=True)
     last = folder / "checkpoints" / "last.pt"
     all_ranks_do(lambda: resume(state, last, config, patches) if last.exists() else None)
-    check_same_step(gather_objects(state.step), folder)
+    check_same_step(state.step, folder)
     if first and state.step == settings.steps:
         print(f"{folder} is complete; --fresh starts it over", flush=True)
     elif first and state.step:
@@ -272,19 +238,8 @@ def train(config: Config, folder: Path, patches: Patches, device: torch.device) 
     )
     scalars = Scalars(folder / "tensorboard", state.step) if first else None
     with stop_on_signal() as stop:
-        run_steps(state, next_batch(loader), stop, patches, config, folder, scalars)
+        run_steps(state, next_batch(loader, "train.workers"), stop, patches, config, folder, scalars)
     return state.records
-
-
-def check_same_step(steps: list[int], folder: Path) -> None:
-    """Every process must continue at the same step: the run's folder lies on a disk that all machines share."""
-    if len(set(steps)) > 1:
-        raise met_by_all(
-            config_error(
-                f"run.root: the processes would continue {folder} at the steps {steps}; "
-                "give a folder on a disk that all machines share"
-            )
-        )
 
 
 def run_steps(

@@ -9,13 +9,14 @@ from torch.utils.data import DataLoader, Subset
 
 from common.errors import data_error
 from common.interrupt import ignore_interrupts
+from common.loading import next_batch
 from common.metrics.detection import ScoredTomogram, average_precision, precision_recall_curve
 from common.metrics.heatmaps import comprehensive_heatmap_metric, peak_sharpness, soft_dice_score, topk_accuracy
 from common.parallel import all_ranks_do, gather_objects
 from common.step import autocast
 from motor_detection.augmentation import plain_batch
 from motor_detection.config import Config
-from motor_detection.dataset import Patches, PatchList, Sample, next_batch, stack, to_device
+from motor_detection.dataset import Patches, PatchList, Sample, stack, to_device
 from motor_detection.losses import heatmap_loss
 from motor_detection.peaks import find_peaks
 
@@ -60,7 +61,7 @@ def score_own_patches(model: nn.Module, patches: Patches, config: Config, device
         worker_init_fn=ignore_interrupts,
     )
     rows: list[Row] = []
-    for host_batch in next_batch(loader):
+    for host_batch in next_batch(loader, "train.workers"):
         batch = to_device(host_batch, device)
         images, heat = plain_batch(batch, config.heatmap.sigma_angstrom, config.model.stride)
         with autocast(device, config.train.precision):

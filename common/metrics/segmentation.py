@@ -141,6 +141,17 @@ def adapted_rand(table: Overlaps) -> RandScore:
     return RandScore(1 - 2 * both / (segment + truth), precision, recall)
 
 
+def foreground_rand(table: Overlaps) -> float:
+    """V_rand of the ISBI 2012 challenge, of without_truth(table, 0): 1 is perfect (Arganda-Carreras et al. 2015, eq. 1).
+
+    sum p_ij^2 / (sum s_i^2 / 2 + sum t_j^2 / 2), where p_ij is the share of voxels in segment i and true object j.
+    """
+    segment, truth = float((table.segment_voxels**2).sum()), float((table.truth_voxels**2).sum())
+    if segment + truth == 0:
+        return 1.0
+    return float(2 * (table.voxels.astype(np.float64) ** 2).sum() / (segment + truth))
+
+
 def _pairs(sizes: Float) -> float:
     """Ordered pairs of different voxels inside groups of these sizes."""
     return float((sizes * (sizes - 1)).sum())

@@ -23,7 +23,7 @@ from common.interrupt import ignore_interrupts
 from common.lock import exclusive
 from common.logbook import progress
 from common.streams import random_for
-from common.volumes import write_slice_folder
+from common.volumes.slices import write_slice_folder
 from data.phantoms.motor_clutter import draw_scene
 from data.phantoms.motor_imaging import Exposure, take_tomogram, to_grey_levels
 from data.phantoms.motor_scene import plan_scene, uniform

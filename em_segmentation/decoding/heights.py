@@ -9,11 +9,9 @@ import dataclasses
 import numpy as np
 import numpy.typing as npt
 import scipy.ndimage
-import torch
-from torch import Tensor
 
 from common.errors import config_error
-from em_segmentation.decoding.links import FULL, Link, Slices, Triple, Volume, link_affinities, shape_of, sides
+from em_segmentation.decoding.links import FULL, STEPS, Link, Slices, Triple, Volume, link_affinities, shape_of, sides
 
 Heights = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
@@ -69,19 +67,20 @@ def smoothed(map_: HeightMap, radius: Triple) -> HeightMap:
     for first in range(0, len(result), depth):
         last = min(first + depth, len(result))
         sections = np.arange(first - radius[0], last + radius[0]).clip(0, len(result) - 1)
-        result[first:last] = _binomial(torch.from_numpy(map_.heights[sections]), radius).numpy()
+        result[first:last] = _binomial(map_.heights[sections], radius)
     return HeightMap(result, scale)
 
 
-def _binomial(heights: Tensor, radius: Triple) -> Tensor:
-    """Sums of neighbours, again and again; along z the margin is there already and is used up. (z, y, x)"""
+def _binomial(heights: Heights, radius: Triple) -> Heights:
+    """Sums of neighbours, again and again [z, y, x]; along z the margin is there already and is used up."""
     for axis, reach in enumerate(radius):
         if axis and reach:
-            n = heights.shape[axis]
-            heights = heights.index_select(axis, torch.arange(-reach, n + reach).clamp(0, n - 1))
+            margin = [(0, 0), (0, 0), (0, 0)]
+            margin[axis] = (reach, reach)
+            heights = np.pad(heights, margin, "edge")
         for _ in range(2 * reach):
-            n = heights.shape[axis]
-            heights = heights.narrow(axis, 0, n - 1) + heights.narrow(axis, 1, n - 1)
+            lower, upper = sides((0, 0, 0), shape_of(heights), shape_of(heights), STEPS[axis])
+            heights = heights[lower] + heights[upper]
     return heights
 
 

@@ -6,20 +6,18 @@ Basins are merged on the list of contacts between them, never voxel by voxel.
 """
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import scipy.sparse
 import scipy.sparse.csgraph
-import torch
-from torch import Tensor
 
 from em_segmentation.decoding.heights import CACHED_VOXELS, LARGEST_HEIGHT, Heights, Mask
 from em_segmentation.decoding.links import STEPS, Triple, shape_of, sides
 
 Labels = npt.NDArray[np.int32]
 Index = npt.NDArray[np.int64]
+Flow = npt.NDArray[np.signedinteger]  # linear indices, of 32 bits where they suffice
 Codes = npt.NDArray[np.uint8]
 SELF = 3  # codes of directions 0..6 ascend with the neighbour's linear index: -z -y -x self +x +y +z
 VOLUME_AXES = (0, 1, 2)
@@ -105,7 +103,7 @@ def basins(heights: Heights, mask: Mask, axes: tuple[int, ...]) -> tuple[Labels,
     return labels, np.concatenate([np.zeros(1, np.int32), heights.reshape(-1)[roots]])
 
 
-def labels_of_roots(parent: Labels | Index, roots: Index, number: Labels, mask: Mask) -> Labels:
+def labels_of_roots(parent: Flow, roots: Index, number: Labels, mask: Mask) -> Labels:
     """Labels [z, y, x]: number[k] for voxels that descend to roots[k], 0 outside the mask."""
     table = np.zeros(parent.size, np.int32)
     table[roots] = number
@@ -120,25 +118,24 @@ def directions(heights: Heights, mask: Mask, axes: tuple[int, ...]) -> Codes:
     for first in range(0, len(heights), depth):
         last = min(first + depth, len(heights))
         begin, end = max(0, first - 1), min(last + 1, len(heights))
-        ranked = torch.from_numpy(np.where(mask[begin:end], heights[begin:end], LARGEST_HEIGHT - 1)) * 8
+        ranked = np.where(mask[begin:end], heights[begin:end], np.int32(LARGEST_HEIGHT - 1)) << 3
         best = _lowest_neighbours(ranked, axes)[first - begin : last - begin]
-        codes[first:last] = (best & 7).to(torch.uint8).numpy()
+        codes[first:last] = best.astype(np.uint8) & 7
     codes[~mask] = SELF
     return codes
 
 
-def _lowest_neighbours(ranked: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """The least of height * 8 + code over a voxel and its neighbours, (z, y, x); codes break ties by linear index."""
+def _lowest_neighbours(ranked: Heights, axes: tuple[int, ...]) -> Heights:
+    """The least of height * 8 + code over a voxel and its neighbours [z, y, x]; codes break ties by linear index."""
     best = ranked + SELF
     for axis in axes:
-        n = ranked.shape[axis]
-        low, high = best.narrow(axis, 0, n - 1), best.narrow(axis, 1, n - 1)
-        torch.minimum(high, ranked.narrow(axis, 0, n - 1) + axis, out=high)
-        torch.minimum(low, ranked.narrow(axis, 1, n - 1) + (6 - axis), out=low)
+        lower, upper = sides((0, 0, 0), shape_of(ranked), shape_of(ranked), STEPS[axis])
+        np.minimum(best[upper], ranked[lower] + axis, out=best[upper])
+        np.minimum(best[lower], ranked[upper] + (6 - axis), out=best[lower])
     return best
 
 
-def descend(codes: Codes) -> Labels | Index:
+def descend(codes: Codes) -> Flow:
     """The linear index of the floor that each voxel flows to (voxels,), by doubling the ways of all voxels at once.
 
     First within slabs that fit into the cache, where ways stop before they leave; then from stop to stop.
@@ -146,14 +143,14 @@ def descend(codes: Codes) -> Labels | Index:
     plane, row = codes.shape[1] * codes.shape[2], codes.shape[2]
     dtype = np.int32 if codes.size < 2**31 else np.int64
     steps = np.array([-plane, -row, -1, 0, 1, row, plane], dtype)
-    parent = np.empty(codes.size, dtype)
+    parent: Flow = np.empty(codes.size, dtype)
     depth = max(1, CACHED_VOXELS // max(1, plane))
     stops, beyond = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for first in range(0, len(codes), depth):
         slab = codes[first : first + depth].reshape(-1)
         start = first * plane
-        own = np.arange(slab.size, dtype=dtype)
-        way = own + np.take(steps, slab)
+        own: Flow = np.arange(slab.size, dtype=dtype)
+        way: Flow = own + np.take(steps, slab)
         leaving = np.flatnonzero((way < 0) | (way >= slab.size))
         stops.append(leaving + start)
         beyond.append(way[leaving] + np.int64(start))
@@ -162,7 +159,7 @@ def descend(codes: Codes) -> Labels | Index:
     return _through_stops(parent, np.concatenate(stops), np.concatenate(beyond))
 
 
-def followed(parent: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def followed(parent: Flow) -> Flow:
     """Where each node ends, by doubling the ways: parent of the parent until nothing changes (num_nodes,)."""
     while True:
         further = np.take(parent, parent)
@@ -171,7 +168,7 @@ def followed(parent: npt.NDArray[Any]) -> npt.NDArray[Any]:
         parent = further
 
 
-def _through_stops(parent: Labels | Index, stops: Index, beyond: Index) -> Labels | Index:
+def _through_stops(parent: Flow, stops: Index, beyond: Index) -> Flow:
     """Ends of all ways (voxels,), from their ends within slabs; ways that stop at stops[k] go on at beyond[k]."""
     if len(stops) == 0:
         return parent
@@ -183,7 +180,8 @@ def _through_stops(parent: Labels | Index, stops: Index, beyond: Index) -> Label
     goes_on = is_stop[end]
     last = followed(np.where(goes_on, place[np.where(goes_on, end, stops[0])], np.arange(len(stops))))
     parent[stops] = end[last]
-    return np.take(parent, parent)
+    ends: Flow = np.take(parent, parent)
+    return ends
 
 
 def find_passes(

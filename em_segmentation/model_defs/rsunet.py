@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from common.blocks import NormName, norm_layer
+from em_segmentation.model_defs.convolution import Conv3d
 
 Triple = tuple[int, int, int]
 THICK = 2.0  # sections at least so much thicker than a pixel is wide are not mixed at a level
@@ -29,9 +30,9 @@ class ResidualModule(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, kernel: Triple, norm: NormName) -> None:
         super().__init__()
         padding = [edge // 2 for edge in kernel]
-        self.conv1 = nn.Conv3d(in_channels, out_channels, kernel, padding=padding, bias=False)
+        self.conv1 = Conv3d(in_channels, out_channels, kernel, padding=padding, bias=False)
         self.norm1 = norm_layer(norm, 3, out_channels)
-        self.conv2 = nn.Conv3d(out_channels, out_channels, kernel, padding=padding, bias=False)
+        self.conv2 = Conv3d(out_channels, out_channels, kernel, padding=padding, bias=False)
         self.norm2 = norm_layer(norm, 3, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,11 +59,11 @@ class RSUNet(nn.Module):
         )
         self.factors: list[Triple] = [(2 if edge == 3 else 1, 2, 2) for edge in kernel_z[:-1]]
         finer = list(range(len(filters) - 1))
-        self.raises = nn.ModuleList(nn.Conv3d(filters[level + 1], filters[level], 1, bias=False) for level in finer)
+        self.raises = nn.ModuleList(Conv3d(filters[level + 1], filters[level], 1, bias=False) for level in finer)
         self.ups = nn.ModuleList(
             ResidualModule(filters[level], filters[level], kernels[level], norm) for level in finer
         )
-        self.head = nn.Conv3d(filters[0], out_channels, 1)
+        self.head = Conv3d(filters[0], out_channels, 1)
         reach, scale = [0, 0, 0], [1, 1, 1]
         for level, kernel in enumerate(kernels):
             convolutions = 2 if level == len(kernels) - 1 else 4  # down and up

@@ -17,7 +17,7 @@ import torch
 
 from common.memory import keep_freed_memory
 from common.tiling import run_blended
-from common.volumes import open_volume
+from common.volumes.opening import open_volume
 from motor_detection.config import KAGGLE
 from motor_detection.dataset import Patches
 from motor_detection.inference import SlabCache, heatmap_logits, working_copy
@@ -49,7 +49,7 @@ def tomogram(tmp_path_factory: pytest.TempPathFactory) -> Tomogram:
     path = tmp_path_factory.mktemp("volume") / "tomo.npy"
     random = np.random.default_rng(0)
     np.save(path, random.integers(90, 165, SHAPE, dtype=np.uint8))
-    return Tomogram("tomo", open_volume(path), (15.6, 15.6, 15.6))
+    return Tomogram("tomo", open_volume(path, "zyx"), (15.6, 15.6, 15.6))
 
 
 @pytest.mark.slow
@@ -84,7 +84,7 @@ def test_tiled_logits_equal_the_untiled_ones_at_full_size(tmp_path: Path) -> Non
     """On a crop that fits into memory whole: float32, tiles of a fraction of it."""
     random = np.random.default_rng(1)
     np.save(tmp_path / "crop.npy", random.integers(90, 165, (150, 330, 290), dtype=np.uint8))
-    tomogram = Tomogram("crop", open_volume(tmp_path / "crop.npy"), (15.6, 15.6, 15.6))
+    tomogram = Tomogram("crop", open_volume(tmp_path / "crop.npy", "zyx"), (15.6, 15.6, 15.6))
     model = begin(KAGGLE, CPU).average
     torch.nn.init.normal_(model.logit.weight)  # as the initial head is all zero
     intensity = measure_intensity(tomogram.volume)

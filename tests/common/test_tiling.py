@@ -14,6 +14,7 @@ from common.tiling import (
     Tile,
     Triple,
     balanced_tile,
+    cube,
     exact_tiles,
     gaussian_weights,
     output_shape,
@@ -97,7 +98,7 @@ def tiling_error(network: Network, reach: Reach, shape: Triple, tile: Triple) ->
     whole = network(volume[None])[0]
     assert whole.shape[1:] == output_shape(shape, reach.stride)
     output = torch.full_like(whole, torch.nan)
-    tiles = list(exact_tiles(shape, tile, reach.stride, reach.alignment, reach.halo))
+    tiles = list(exact_tiles(shape, tile, reach.stride, cube(reach.alignment), cube(reach.halo)))
     run_exactly(network, reader(volume), tiles, output)
     return (output - whole).abs().max().item()
 
@@ -112,7 +113,7 @@ def test_output_shape_is_that_of_half_padded_convolutions() -> None:
 
 def test_a_tile_by_hand() -> None:
     """Ten voxels in tiles of 4, stride 2, a halo of 1 that grows to one alignment: written out along z."""
-    tiles = list(exact_tiles((10, 4, 4), (4, 4, 4), 2, 2, 1))
+    tiles = list(exact_tiles((10, 4, 4), (4, 4, 4), 2, cube(2), cube(1)))
     plane = slice(0, 2)
     assert tiles == [
         Tile(((0, 0, 0), (6, 4, 4)), (slice(0, 2), plane, plane), (slice(0, 2), plane, plane)),
@@ -129,7 +130,7 @@ def test_tiles_write_every_cell_once_and_read_its_whole_reach(seed: int) -> None
     shape, halo = triple(draw.integers(1, 40, 3)), int(draw.integers(0, 12))
     tile = triple(alignment * draw.integers(1, 5, 3))
     written = np.zeros(output_shape(shape, stride), dtype=int)
-    for one in exact_tiles(shape, tile, stride, alignment, halo):
+    for one in exact_tiles(shape, tile, stride, cube(alignment), cube(halo)):
         written[one.write] += 1
         for first, last, keep, write, n in zip(*one.read, one.keep, one.write, shape, strict=True):
             assert first % alignment == 0
@@ -143,7 +144,7 @@ def test_tiles_write_every_cell_once_and_read_its_whole_reach(seed: int) -> None
 def test_a_tile_that_does_not_keep_to_the_grid_is_refused() -> None:
     for tile, stride, alignment in (((8, 8, 6), 1, 4), ((8, 8, 8), 4, 2)):
         with pytest.raises(AssertionError):
-            next(exact_tiles((9, 9, 9), tile, stride, alignment, 1))
+            next(exact_tiles((9, 9, 9), tile, stride, cube(alignment), cube(1)))
 
 
 def test_balanced_tiles_are_as_few_as_the_largest_would_make_and_nearly_equal() -> None:
@@ -151,7 +152,7 @@ def test_balanced_tiles_are_as_few_as_the_largest_would_make_and_nearly_equal() 
     for _ in range(300):
         alignment = int(draw.integers(1, 9))
         shape, largest = triple(draw.integers(1, 200, 3)), triple(alignment * draw.integers(1, 12, 3))
-        for n, limit, edge in zip(shape, largest, balanced_tile(shape, largest, alignment), strict=True):
+        for n, limit, edge in zip(shape, largest, balanced_tile(shape, largest, cube(alignment)), strict=True):
             assert edge % alignment == 0
             assert 0 < edge <= limit
             assert -(-n // edge) == -(-n // limit), "as few"

@@ -12,7 +12,10 @@ import pytest
 from PIL import Image
 
 from common.errors import UserError
-from common.volumes import MRC_DTYPES, Volume, natural_key, open_volume, write_mrc, write_slice_folder
+from common.volumes.mrc import MRC_DTYPES, write_mrc
+from common.volumes.opening import open_volume
+from common.volumes.slices import natural_key, write_slice_folder
+from common.volumes.volume import Volume
 
 SHAPE = (3, 5, 7)  # no two axes alike
 IMOD_STAMP = 1146047817  # "IMOD"
@@ -48,7 +51,7 @@ def saved(path: Path, content: bytes) -> Path:
 def refused(path: Path, exit_code: int) -> str:
     """The message with which a volume is refused, at opening or at the first complete read."""
     with pytest.raises(UserError) as caught:
-        everything(open_volume(path))
+        everything(open_volume(path, "zyx"))
     assert caught.value.exit_code == exit_code
     (problem,) = caught.value.problems
     assert problem.startswith(str(path))
@@ -69,7 +72,7 @@ def test_slice_folder_round_trip(tmp_path: Path, suffix: str) -> None:
     volume = (z * 20 + y + 2 * x).astype(np.uint8)
     write_slice_folder(volume, tmp_path / "tomo", suffix, 95)
     assert [p.name for p in tmp_path.iterdir()] == ["tomo"]  # nothing unfinished is left
-    opened = open_volume(tmp_path / "tomo")
+    opened = open_volume(tmp_path / "tomo", "zyx")
     assert (opened.shape, opened.dtype, opened.spacing_angstrom) == ((3, 40, 56), np.uint8, None)
     found = everything(opened)
     assert np.abs(found.astype(int) - volume).max() <= (2 if suffix == ".jpg" else 0)
@@ -85,14 +88,14 @@ def test_slices_stand_in_natural_order_and_other_files_are_ignored(tmp_path: Pat
         Image.fromarray(np.full((4, 6), z * 10, np.uint8)).save(tmp_path / f"{z}.png")
     for name in ("notes.txt", "._0.png", "Thumbs.db"):
         (tmp_path / name).write_bytes(b"no image")
-    assert everything(open_volume(tmp_path))[:, 0, 0].tolist() == [z * 10 for z in range(12)]
+    assert everything(open_volume(tmp_path, "zyx"))[:, 0, 0].tolist() == [z * 10 for z in range(12)]
 
 
 def test_only_the_slices_of_the_box_are_opened(tmp_path: Path) -> None:
     write_slice_folder(np.zeros((5, 4, 6), np.uint8), tmp_path / "tomo", ".png", 95)
     for z in (1, 4):
         (tmp_path / "tomo" / f"slice_{z:04d}.png").write_bytes(b"broken")
-    assert open_volume(tmp_path / "tomo").read((2, 0, 0), (2, 4, 6)).shape == (2, 4, 6)
+    assert open_volume(tmp_path / "tomo", "zyx").read((2, 0, 0), (2, 4, 6)).shape == (2, 4, 6)
 
 
 @pytest.mark.parametrize(
@@ -102,14 +105,14 @@ def test_grey_depth_is_kept(tmp_path: Path, suffix: str, dtype: type) -> None:
     pixels = (np.arange(24) * 7).reshape(4, 6).astype(dtype)
     pixels[0, 0] = 60000 if dtype == np.uint16 else 200
     Image.fromarray(pixels).save(tmp_path / f"0{suffix}")
-    volume = open_volume(tmp_path)
+    volume = open_volume(tmp_path, "zyx")
     assert volume.dtype == dtype
     np.testing.assert_array_equal(everything(volume)[0], pixels)
 
 
 def test_big_endian_slices_come_in_native_order(tmp_path: Path) -> None:
     Image.frombytes("I;16B", (2, 1), struct.pack(">2H", 1, 513)).save(tmp_path / "0.tif")
-    found = everything(open_volume(tmp_path))
+    found = everything(open_volume(tmp_path, "zyx"))
     assert found.dtype.isnative and found.tolist() == [[[1, 513]]]
 
 
@@ -118,7 +121,7 @@ def test_colour_becomes_grey(tmp_path: Path) -> None:
     pixels[:, :3], pixels[:, 3:] = 100, (255, 0, 0)
     Image.fromarray(pixels).save(tmp_path / "0.png")
     Image.fromarray(pixels[..., 0]).save(tmp_path / "1.png")  # beside a grey slice
-    found = everything(open_volume(tmp_path))
+    found = everything(open_volume(tmp_path, "zyx"))
     assert found.dtype == np.uint8 and found.shape == (2, 4, 6)
     assert found[0, 0].tolist() == [100] * 3 + [76] * 3  # ITU-R 601: 0.299 * 255
 
@@ -132,13 +135,13 @@ def test_slices_of_other_sizes_depths_and_pages_are_refused(tmp_path: Path) -> N
         (tmp_path / name).mkdir()
         grey.save(tmp_path / name / "0.tif")
         second.save(tmp_path / name / "1.tif")
-        volume = open_volume(tmp_path / name)
+        volume = open_volume(tmp_path / name, "zyx")
         with pytest.raises(UserError, match=rf"1\.tif: {words}"):
             everything(volume)
     (tmp_path / "pages").mkdir()
     grey.save(tmp_path / "pages" / "0.tif", save_all=True, append_images=[grey, grey])
     with pytest.raises(UserError, match="3 pages"):
-        everything(open_volume(tmp_path / "pages"))
+        everything(open_volume(tmp_path / "pages", "zyx"))
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
@@ -147,7 +150,7 @@ def test_a_truncated_slice_is_named(tmp_path: Path, suffix: str) -> None:
     write_slice_folder(noise, tmp_path / "tomo", suffix, 95)
     path = tmp_path / "tomo" / f"slice_0001{suffix}"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    volume = open_volume(tmp_path / "tomo")
+    volume = open_volume(tmp_path / "tomo", "zyx")
     with pytest.raises(UserError, match=f"slice_0001{suffix}: not a readable image .*re-copy or re-export this slice"):
         everything(volume)
 
@@ -165,7 +168,7 @@ def test_paths_without_a_volume_are_refused(tmp_path: Path) -> None:
     assert "slices of 2 kinds ['.jpg', '.png']" in refused(mixed, 1)
     (mixed / "1.png").unlink()
     (mixed / "0.jpg").write_bytes(b"")
-    assert "not a readable image" in str(pytest.raises(UserError, open_volume, mixed).value)
+    assert "not a readable image" in str(pytest.raises(UserError, open_volume, mixed, "zyx").value)
 
 
 @pytest.mark.parametrize("dtype", ["u1", "i1", ">i2", "<f4", ">f8", "?", "f2"])
@@ -173,7 +176,7 @@ def test_paths_without_a_volume_are_refused(tmp_path: Path) -> None:
 def test_npy_round_trip(tmp_path: Path, dtype: str, order: Any) -> None:
     volume = counted("f4").astype(dtype)
     np.save(tmp_path / "a.npy", np.asarray(volume, order=order))
-    opened = open_volume(tmp_path / "a.npy")
+    opened = open_volume(tmp_path / "a.npy", "zyx")
     found = everything(opened)
     assert opened.shape == SHAPE and opened.spacing_angstrom is None
     assert found.dtype == opened.dtype and found.dtype.isnative and found.flags.c_contiguous
@@ -209,7 +212,7 @@ def test_mrc_writer_round_trip(tmp_path: Path, mode: int) -> None:
     volume = counted(MRC_DTYPES[mode])
     write_mrc(tmp_path / "a.mrc", volume, (4.0, 3.0, 2.5))
     assert [p.name for p in tmp_path.iterdir()] == ["a.mrc"]
-    opened = open_volume(tmp_path / "a.mrc")
+    opened = open_volume(tmp_path / "a.mrc", "zyx")
     assert (opened.shape, opened.dtype, opened.spacing_angstrom) == (SHAPE, volume.dtype, (4.0, 3.0, 2.5))
     np.testing.assert_array_equal(everything(opened), volume)
     np.testing.assert_array_equal(opened.read((1, 2, 3), (2, 1, 4)), volume[1:3, 2:3, 3:7])
@@ -240,7 +243,7 @@ def test_we_read_what_the_reference_library_writes(tmp_path: Path, mode: int, by
     with mrcfile.new(tmp_path / "a.mrc") as file:
         file.set_data(volume.astype(volume.dtype.newbyteorder(byte_order)))
         file.voxel_size = (2.5, 3.0, 4.0)  # x, y, z
-    opened = open_volume(tmp_path / "a.mrc")
+    opened = open_volume(tmp_path / "a.mrc", "zyx")
     assert opened.spacing_angstrom == (4.0, 3.0, 2.5)
     np.testing.assert_array_equal(everything(opened), volume)
 
@@ -252,7 +255,7 @@ def test_mrc_of_both_byte_orders_with_an_extended_header(tmp_path: Path, order: 
     content = mrc_bytes(order, mode, volume, b"FEI1" * 20)
     for stamp in (bytes(content[212:216]), b"\0\0\0\0", b"DD\0\0", b"\x11\x11\0\0"):  # absent and wrong stamps too
         content[212:216] = stamp
-        opened = open_volume(saved(tmp_path / "a.rec", content))
+        opened = open_volume(saved(tmp_path / "a.rec", content), "zyx")
         found = everything(opened)
         assert opened.spacing_angstrom == (4.0, 3.0, 2.0)
         assert found.dtype == opened.dtype == volume.dtype and found.dtype.isnative
@@ -268,7 +271,7 @@ def test_imod_rule_for_the_sign_of_bytes(tmp_path: Path, stamp: int, flags: int,
     volume = np.arange(151, 256, dtype=np.uint8).reshape(SHAPE)
     content = mrc_bytes(order, 0, volume, b"")
     struct.pack_into(order + "2i", content, 152, stamp, flags)
-    opened = open_volume(saved(tmp_path / "a.mrc", content))
+    opened = open_volume(saved(tmp_path / "a.mrc", content), "zyx")
     assert opened.dtype == dtype
     np.testing.assert_array_equal(everything(opened), volume.view(dtype))
 
@@ -282,7 +285,7 @@ def test_any_axis_order_is_read_as_z_y_x(tmp_path: Path, axes: tuple[int, int, i
     content = mrc_bytes("<", 1, stored, b"")
     struct.pack_into("<3i", content, 64, *axes)
     struct.pack_into("<3i3f", content, 28, *SHAPE[::-1], *np.multiply((2.0, 3.0, 4.0), SHAPE[::-1]))  # always x, y, z
-    opened = open_volume(saved(tmp_path / "a.map", content))
+    opened = open_volume(saved(tmp_path / "a.map", content), "zyx")
     assert (opened.shape, opened.spacing_angstrom) == (SHAPE, (4.0, 3.0, 2.0))
     np.testing.assert_array_equal(everything(opened), volume)
     np.testing.assert_array_equal(opened.read((1, 2, 3), (2, 1, 4)), volume[1:3, 2:3, 3:7])
@@ -291,9 +294,9 @@ def test_any_axis_order_is_read_as_z_y_x(tmp_path: Path, axes: tuple[int, int, i
 def test_old_headers_without_axis_order_or_grid(tmp_path: Path) -> None:
     content = mrc_bytes("<", 1, counted("i2"), b"")
     struct.pack_into("<3i", content, 64, 0, 0, 0)
-    np.testing.assert_array_equal(everything(open_volume(saved(tmp_path / "a.mrc", content))), counted("i2"))
+    np.testing.assert_array_equal(everything(open_volume(saved(tmp_path / "a.mrc", content), "zyx")), counted("i2"))
     struct.pack_into("<3i", content, 28, 0, 0, 0)
-    assert open_volume(saved(tmp_path / "a.mrc", content)).spacing_angstrom is None
+    assert open_volume(saved(tmp_path / "a.mrc", content), "zyx").spacing_angstrom is None
 
 
 def test_bad_mrc_files_are_refused(tmp_path: Path) -> None:
@@ -334,7 +337,7 @@ def test_bad_mrc_files_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_real_maps(real_data: Path, name: str, shape: tuple[int, int, int], spacing: Any) -> None:
-    opened = open_volume(real_data / "motor" / name)
+    opened = open_volume(real_data / "motor" / name, "zyx")
     assert opened.shape == shape and opened.dtype == np.float32
     assert opened.spacing_angstrom == (None if spacing is None else pytest.approx(spacing, rel=1e-5))
     mrcfile = pytest.importorskip("mrcfile")
@@ -361,7 +364,7 @@ def test_a_volume_larger_than_memory_costs_only_the_box(tmp_path: Path, kind: st
         file.seek(start + (900 * shape[1] + 7000) * shape[2] + 8000)
         file.write(b"\x05\x06")
     tracemalloc.start()
-    box = open_volume(path).read((899, 7000, 8000), (2, 3, 4))
+    box = open_volume(path, "zyx").read((899, 7000, 8000), (2, 3, 4))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert box[0].sum() == 0 and box[1, 0].tolist() == [5, 6, 0, 0] and box[1, 1:].sum() == 0
@@ -372,7 +375,7 @@ def test_readers_travel_to_workers_without_their_voxels(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.ones((60, 70, 80), np.float32))
     write_slice_folder(np.ones(SHAPE, np.uint8), tmp_path / "slices", ".png", 95)
     for path in (tmp_path / "a.npy", tmp_path / "slices"):
-        content = pickle.dumps(open_volume(path))
+        content = pickle.dumps(open_volume(path, "zyx"))
         assert len(content) < 2000
         assert everything(pickle.loads(content)).min() == 1
 
@@ -383,4 +386,4 @@ def test_a_box_must_lie_inside(tmp_path: Path) -> None:
     for path in (tmp_path / "slices", tmp_path / "a.mrc"):
         for corner, size in (((0, 0, -1), (1, 1, 1)), ((0, 0, 0), (1, 1, 8)), ((3, 0, 0), (1, 1, 1))):
             with pytest.raises(AssertionError, match="Expected a box inside"):
-                open_volume(path).read(corner, size)
+                open_volume(path, "zyx").read(corner, size)

@@ -19,7 +19,7 @@ from common.blocks import NormName
 from common.config import as_yaml
 from common.parallel import process_group
 from common.streams import random_for
-from common.volumes import write_slice_folder
+from common.volumes.slices import write_slice_folder
 from data.phantoms.relabelled import relabelled_row
 from motor_detection import conversion
 from motor_detection.config import KAGGLE, Config

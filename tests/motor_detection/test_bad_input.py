@@ -13,7 +13,7 @@ import torch
 from common.checkpoint import save_checkpoint
 from common.config import as_yaml
 from common.errors import BAD_DATA, WRONG_CALL, run_script
-from common.volumes import write_mrc
+from common.volumes.mrc import write_mrc
 from motor_detection import convert, eval, predict, train
 from motor_detection.patches import PATCH_ARRAYS, read_patch, write_patch
 from motor_detection.trainer import begin

@@ -16,7 +16,8 @@ import torch
 from common import files
 from common.config import as_yaml, configure
 from common.errors import BAD_DATA, WRONG_CALL, UserError
-from common.volumes import open_volume, write_mrc
+from common.volumes.mrc import write_mrc
+from common.volumes.opening import open_volume
 from motor_detection import convert as convert_script
 from motor_detection.config import Config
 from motor_detection.conversion import COMPLETE
@@ -319,7 +320,7 @@ def test_the_spacing_comes_from_the_command_the_table_or_the_header(tmp_path: Pa
     raw = bytearray(path.read_bytes())
     raw[40:52] = bytes(12)  # the cell's lengths
     path.write_bytes(raw)
-    assert open_volume(path).spacing_angstrom is None
+    assert open_volume(path, "zyx").spacing_angstrom is None
     with pytest.raises(UserError) as caught:
         open_tomogram(path, None, 0.0)
     assert caught.value.exit_code == BAD_DATA

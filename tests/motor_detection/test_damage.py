@@ -16,10 +16,11 @@ from torch.utils.data import DataLoader
 from common.checkpoint import load_checkpoint, save_checkpoint
 from common.config import as_yaml, configure
 from common.errors import BAD_DATA, WRONG_CALL, UserError, data_error
+from common.loading import next_batch
 from data import import_deepfinder
 from motor_detection import eval, predict, train
 from motor_detection.config import Config
-from motor_detection.dataset import PatchStream, Sample, next_batch
+from motor_detection.dataset import PatchStream, Sample
 from motor_detection.patches import PATCH_ARRAYS, read_patch, write_patch
 from motor_detection.trainer import CHECKPOINT, KIND
 from tests.motor_detection.small_runs import (
@@ -274,7 +275,7 @@ class DyingSamples:
 def test_a_reading_process_that_was_killed_is_told() -> None:
     loader = DataLoader(DyingSamples(), num_workers=1)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="a reading process died") as caught:
-        next(next_batch(loader))
+        next(next_batch(loader, "train.workers"))
     assert caught.value.exit_code == BAD_DATA
 
 

@@ -13,7 +13,9 @@ from common.config import as_yaml
 from common.errors import UserError
 from common.streams import random_for
 from common.tiling import output_shape
-from common.volumes import Volume, open_volume, write_slice_folder
+from common.volumes.opening import open_volume
+from common.volumes.slices import write_slice_folder
+from common.volumes.volume import Volume
 from motor_detection import inference
 from motor_detection.config import KAGGLE, Config
 from motor_detection.inference import (
@@ -41,7 +43,7 @@ SHAPE = (70, 101, 83)  # no multiples of 32, no two alike
 def tomogram(folder: Path, voxels: np.ndarray) -> Tomogram:
     path = folder / "tomogram.npy"
     np.save(path, voxels)
-    return Tomogram("tomogram", open_volume(path), (13.1, 13.1, 13.1))
+    return Tomogram("tomogram", open_volume(path, "zyx"), (13.1, 13.1, 13.1))
 
 
 def grey_noise(shape: tuple[int, int, int]) -> np.ndarray:
@@ -180,7 +182,7 @@ def test_blended_windows_serve_networks_that_see_their_whole_window(
 def test_every_slice_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Although tiles of 32 voxels and their halos overlap; also where z is reversed."""
     write_slice_folder(grey_noise(SHAPE), tmp_path / "slices", ".png", 95)
-    volume = Tomogram("slices", open_volume(tmp_path / "slices"), (13.1,) * 3)
+    volume = Tomogram("slices", open_volume(tmp_path / "slices", "zyx"), (13.1,) * 3)
     intensity = measure_intensity(volume.volume)
     decoded: list[int] = []
     whole_read = Volume.read

@@ -28,10 +28,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.parallel import process_group
+from common.parallel import inference_device, process_group
 from motor_detection import validation
 from motor_detection.dataset import Sample
-from motor_detection.inference import inference_device, pick_motors
+from motor_detection.inference import pick_motors
 from motor_detection.labels import LabelledTomogram, read_labels
 from motor_detection.patches import ByteVolume, PatchPlan, cut_patch
 from motor_detection.places import read_tomograms

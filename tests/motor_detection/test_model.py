@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from common.blocks import NormName
-from common.tiling import exact_tiles, output_shape, run_exactly
+from common.tiling import cube, exact_tiles, output_shape, run_exactly
 from motor_detection.config import KAGGLE, PHANTOM
 from motor_detection.model_defs.motoridentifier import PRIOR, MotorIdentifier, Reach, count_parameters
 from motor_detection.trainer import build_model
@@ -144,7 +144,7 @@ def largest_tile_error(norm: NormName) -> float:
     reach = model.coarse_reach()
     fine = model.fine_reach()
     halo = reach.halo * fine.stride + fine.halo
-    tiles = list(exact_tiles(shape, (320, 32, 64), 16, 32, halo))
+    tiles = list(exact_tiles(shape, (320, 32, 64), 16, cube(32), cube(halo)))
     assert len(tiles) == 3 and all(stop[0] - start[0] < shape[0] for (start, stop) in (t.read for t in tiles))
 
     def read(box: tuple[tuple[int, int, int], tuple[int, int, int]]) -> Tensor:

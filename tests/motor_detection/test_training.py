@@ -23,7 +23,7 @@ from common.parallel import process_group
 from common.step import RunningStatistics, guarded_update
 from motor_detection import trainer, validation
 from motor_detection.config import Augment, Config
-from motor_detection.dataset import Patches, PatchStream, Sample, choose_patches, next_batch, stack
+from motor_detection.dataset import Patches, PatchStream, Sample, choose_patches, stack
 from motor_detection.heatmap import render_heatmaps
 from motor_detection.patches import PATCH_ARRAYS, read_patch, write_patch
 from motor_detection.places import read_tomograms, training_identity
@@ -87,7 +87,8 @@ def step_batches(config: Config, patches: Patches, step: int) -> Iterator[Sample
     train = config.train
     stream = PatchStream(patches.train, patches.patch_size, patches.max_motors, train.seed)
     for start in range(step * train.batch_size, (step + 1) * train.batch_size, train.micro_batch_size):
-        yield from next_batch([stack([stream[position] for position in range(start, start + train.micro_batch_size)])])
+        batch = [stack([stream[position] for position in range(start, start + train.micro_batch_size)])]
+        yield from next_batch(batch, "train.workers")
 
 
 def one_step(state: State, config: Config, patches: Patches) -> dict[str, float]:
@@ -426,6 +427,7 @@ sys.path[0] = sys.argv.pop(1)
 from pathlib import Path
 from common.config import as_yaml, configure
 from common.errors import run_script
+from common.loading import next_batch
 from common.parallel import process_group
 from motor_detection.config import KAGGLE
 from motor_detection.dataset import choose_patches
