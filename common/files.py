@@ -1,5 +1,6 @@
 """Files that are whole or absent: written beside, forced to disk, renamed; and texts read with an error that names them."""
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,6 +43,12 @@ def read_text(path: Path) -> str:
         raise data_error(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise data_error(f"{path}: not a text file in UTF-8; it was damaged, or written by something else") from error
+
+
+def file_digest(path: Path) -> str:
+    """The first 16 hex digits of a file's SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Literal
 
 from common.config import LARGEST_INT, configure, outside
 from data.phantoms.em_settings import EMPhantom
+from em_segmentation.losses import fitting_problems
 
 Triple = tuple[int, int, int]
 TargetName = Literal["semantic", "boundary", "affinity", "distance", "centre", "lsd"]
@@ -384,6 +385,7 @@ class Config:
     run: Run
 
     def problems(self) -> Iterator[str]:
+        yield from fitting_problems(self.targets, self.model)
         if self.decoding.target != "none" and self.decoding.target not in self.targets.names:
             yield f"decoding.target: {self.decoding.target} is not among targets.names={list(self.targets.names)}"
         if self.decoding.target == "semantic" and (

@@ -1,16 +1,14 @@
 """From predictions to figures: thresholds on the validation volumes, each test volume judged once, baselines alike."""
 
 import dataclasses
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from common.files import read_text, write_text
+from common.files import file_digest, read_text
 from common.logbook import progress
-from common.volumes.opening import open_volume
 from common.volumes.volume import Volume
 from em_segmentation.config import Config, Evaluation
 from em_segmentation.decoding.pipeline import segment_at
@@ -40,6 +38,7 @@ from em_segmentation.prediction import (
     Source,
     decoded_channels,
     decoding_settings,
+    note_of,
     whole,
     write_instances,
     write_prediction,
@@ -63,21 +62,11 @@ def predict_role(
     model: SegmentationModel, volumes: list[Annotated], config: Config, weights: Path, folder: Path, role: str
 ) -> list[Volume]:
     """The predictions of a role's volumes in a folder; what an earlier call of the same weights finished is kept."""
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
     found = []
     for number, volume in enumerate(volumes):
-        source = Source(volume.image, volume.scale, volume.sections, volume.voxel_size_nm, digest)
-        path = folder / f"{role}_{number}_prediction.npy"
-        note = path.with_suffix(".identity")
-        if not (path.exists() and note.exists() and read_text(note) == source.identity(config)):
-            write_prediction(model, source, config, path)
-            write_text(note, source.identity(config))
-        found.append(open_volume(path, "czyx" if prediction_channels(config) > 1 else "zyx"))
+        source = Source(volume.image, volume.scale, volume.sections, volume.voxel_size_nm, file_digest(weights))
+        found.append(write_prediction(model, source, config, folder / f"{role}_{number}_prediction.npy"))
     return found
-
-
-def prediction_channels(config: Config) -> int:
-    return sum(part.stop - part.start for part in written_channels(config.targets).values())
 
 
 def judge(
@@ -207,7 +196,7 @@ def judge_instances(
     found, tables, boundaries = [], [], []
     for number, (volume, prediction) in enumerate(zip(roles["test"], predictions["test"], strict=True)):
         path = folder / f"test_{number}_instances.npy"
-        identity = read_text(folder / f"test_{number}_prediction.identity")
+        identity = read_text(note_of(folder / f"test_{number}_prediction.npy"))
         written = write_instances(prediction, config, threshold, volume.voxel_size_nm, identity, path)
         labels = whole(written)[0].astype(np.int64)
         truth = instance_truth(volume, config, settings)

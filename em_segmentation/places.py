@@ -38,11 +38,9 @@ def resolve(config: Config) -> Config:
 
 def training_identity(config: Config) -> str:
     """YAML of the sections that shape the weights: what a run's folder and its checkpoints must agree on."""
-    # these change no bit; paths of the phantom follow from its constants
+    # these change no bit
     data = dataclasses.replace(config.data, num_workers=0, persistent_workers=True, use_cache=False)
-    if data.source == "phantom":
-        data = dataclasses.replace(data, train_image=(), train_label=(), val_image=(), val_label=(), voxel_size_nm=None)
-        data = dataclasses.replace(data, test_image=(), test_label=())
+    data = dataclasses.replace(data, voxel_size_nm=None)  # given or read from the files: the volumes' digest knows it
     same = dataclasses.replace(
         config,
         data=data,

@@ -13,6 +13,8 @@ import numpy.typing as npt
 import torch.distributed as dist
 
 from common.config import as_yaml
+from common.errors import config_error
+from common.files import read_text, write_text
 from common.logbook import progress
 from common.parallel import all_ranks_do, first_rank_does
 from common.volumes.opening import open_volume
@@ -55,15 +57,33 @@ class Source:
 def write_prediction(model: SegmentationModel, source: Source, config: Config, path: Path) -> Volume:
     """Probabilities [C, z, y, x] uint8 of a source at a path; processes of the group share its planes.
 
-    What another, killed call finished is kept. The channels are those of inference.written_channels.
+    What this or another, killed call finished is kept; a file that is not such a prediction is a config error. The
+    channels are those of inference.written_channels.
     """
     channels = sum(part.stop - part.start for part in written_channels(config.targets).values())
-    shape = (channels, *source.shape)
     identity = source.identity(config)
-    streamed = all_ranks_do(lambda: open_streamed(path, shape, np.dtype(np.uint8), identity))
-    all_ranks_do(lambda: write_own_planes(model, source, config, streamed))
-    first_rank_does(lambda: streamed.finish(source.voxel_size_nm))
-    return open_volume(path, "auto")
+    if not all_ranks_do(lambda: is_finished(path, identity)):
+        shape = (channels, *source.shape)
+        streamed = all_ranks_do(lambda: open_streamed(path, shape, np.dtype(np.uint8), identity))
+        all_ranks_do(lambda: write_own_planes(model, source, config, streamed))
+        first_rank_does(lambda: streamed.finish(source.voxel_size_nm))
+        first_rank_does(lambda: write_text(note_of(path), identity))
+    return open_volume(path, "czyx" if channels > 1 else "zyx")
+
+
+def note_of(path: Path) -> Path:
+    """The small file that says what a finished output was made from."""
+    return path.with_name(f".{path.name}.identity")
+
+
+def is_finished(path: Path, identity: str) -> bool:
+    """Whether an output is there and made from just this; a config error where something else is there."""
+    if not path.exists() and not path.is_symlink():
+        return False
+    note = note_of(path)
+    if not note.exists():
+        raise config_error(f"{path}: exists and was not made by this program; remove it, or name another output")
+    return read_text(note) == identity
 
 
 def write_own_planes(model: SegmentationModel, source: Source, config: Config, streamed: StreamedVolume) -> None:
@@ -152,27 +172,47 @@ class BoxWriter:
 
 
 def write_instances(
-    prediction: Volume, config: Config, threshold: int, voxel_size_nm: VoxelSize, identity: str, path: Path
+    prediction: Volume, config: Config, threshold: int, voxel_size_nm: VoxelSize, made_from: str, path: Path
 ) -> Volume:
-    """Instances [z, y, x] of a prediction at a path, ids from 1, block by block where it is larger than one block."""
+    """Instances [z, y, x] of a prediction at a path, ids from 1, block by block where it is larger than one block.
+
+    made_from: the prediction's identity; what is finished is kept.
+    """
     settings = decoding_settings(config.decoding, config.targets, threshold)
-    channels, decoding = decoded_channels(prediction, config), config.decoding
-    identity = hashlib.sha256(f"{identity} {settings}".encode()).hexdigest()[:16]
-    shape = prediction.shape
-    if np.prod(shape) <= np.prod(decoding.block_size):
-        labels = segment_at(channels.read_channels((0, 0, 0), shape), settings, (threshold,))[0]
-        streamed = open_streamed(path, (1, *shape), labels.dtype, identity)
-        streamed.write(0, labels)
-    else:
-        scratch = path.with_name(f".{path.name}.blocks")
-        with open_executor(decoding.executor, decoding.workers, decoding.dask_address) as executor:
-            decoded = decode_blocks(channels, settings, decoding.block_size, scratch, executor)
-            streamed = open_streamed(path, (1, *shape), np.dtype(decoded.dtype), identity)
-            write_decoded(decoded, BoxWriter(streamed), executor)
-        streamed.mark_finished(0, shape[0])
-        shutil.rmtree(scratch)
-    streamed.finish(voxel_size_nm)
+    identity = hashlib.sha256(f"{made_from} {settings}".encode()).hexdigest()[:16]
+    if not is_finished(path, identity):
+        channels = decoded_channels(prediction, config)
+        if np.prod(prediction.shape) <= np.prod(config.decoding.block_size):
+            streamed = decode_whole(channels, settings, identity, path)
+        else:
+            streamed = decode_by_blocks(channels, settings, config.decoding, identity, path)
+        streamed.finish(voxel_size_nm)
+        write_text(note_of(path), identity)
+        shutil.rmtree(scratch_of(path), ignore_errors=True)
     return open_volume(path, "zyx")
+
+
+def decode_whole(channels: Channels, settings: Settings, identity: str, path: Path) -> StreamedVolume:
+    labels = segment_at(channels.read_channels((0, 0, 0), channels.shape), settings, (settings.threshold,))[0]
+    streamed = open_streamed(path, (1, *channels.shape), labels.dtype, identity)
+    streamed.write(0, labels)
+    return streamed
+
+
+def scratch_of(path: Path) -> Path:
+    """Where the blocks of unfinished instances lie."""
+    return path.with_name(f".{path.name}.blocks")
+
+
+def decode_by_blocks(
+    channels: Channels, settings: Settings, decoding: Decoding, identity: str, path: Path
+) -> StreamedVolume:
+    with open_executor(decoding.executor, decoding.workers, decoding.dask_address) as executor:
+        decoded = decode_blocks(channels, settings, decoding.block_size, scratch_of(path) / identity, executor)
+        streamed = open_streamed(path, (1, *channels.shape), np.dtype(decoded.dtype), identity)
+        write_decoded(decoded, BoxWriter(streamed), executor)
+    streamed.mark_finished(0, channels.shape[0])
+    return streamed
 
 
 def whole(volume: Volume | Channels) -> npt.NDArray[np.generic]:

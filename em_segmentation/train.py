@@ -90,9 +90,8 @@ def main(arguments: list[str]) -> int:
         volumes = all_ranks_do(lambda: open_volumes(resolved))
         if flags.fresh or flags.fast_dev_run:  # only now: a wrong path or label must not cost the finished run
             first_rank_does(lambda: clear_run(folder))
-        seen = dataclasses.replace(
-            resolved, data=dataclasses.replace(resolved.data, voxel_size_nm=volumes.voxel_size_nm)
-        )
+        known = dataclasses.replace(config.data, voxel_size_nm=volumes.voxel_size_nm)
+        seen = dataclasses.replace(config, data=known)
         command = [sys.executable, *sys.argv]
         first_rank_does(lambda: open_run(folder, config, training_identity(config), command))
         records = train(seen, folder, volumes, device)

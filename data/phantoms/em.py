@@ -10,7 +10,7 @@ import itertools
 import json
 import multiprocessing
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -80,7 +80,7 @@ def simulate_volume(
     return image, labels, record
 
 
-def furnish(drawing: Drawing, stream: Any) -> Record:
+def furnish(drawing: Drawing, stream: Callable[[str], np.random.Generator]) -> Record:
     """Draw all that lies in and between neurites; returns how many bodies of each kind were drawn on the canvas."""
     add_reticulum(drawing, stream("reticulum"))
     mitochondria = add_mitochondria(drawing, stream("mitochondria"))

@@ -78,7 +78,10 @@ class Block(Bottleneck):
 
 
 class Down(Bottleneck):
-    """Half the size, twice the channels: (B, C, 2n...) -> (B, 2C, n...), beside a 1^3 convolution of every other cell."""
+    """Half the size, twice the channels: (B, C, 2n...) -> (B, 2C, n...), beside a 1^3 convolution of every other cell.
+
+    Never with GRN, as in the reference.
+    """
 
     def __init__(self, channels: int, kernel_size: int, expansion: int) -> None:
         super().__init__(channels, 2 * channels, kernel_size, expansion, False)
@@ -96,8 +99,8 @@ class Up(Bottleneck):
     other cell; then a plane of zeros in front of every axis.
     """
 
-    def __init__(self, channels: int, kernel_size: int, expansion: int) -> None:
-        super().__init__(channels, channels // 2, kernel_size, expansion, False)
+    def __init__(self, channels: int, kernel_size: int, expansion: int, grn: bool) -> None:
+        super().__init__(channels, channels // 2, kernel_size, expansion, grn)
         self.residual = nn.ConvTranspose3d(channels, channels // 2, 1, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -149,7 +152,7 @@ class MedNeXt(nn.Module):
             for width, expansion, count in zip(widths, expansions, blocks, strict=True)
         )
         self.downs = nn.ModuleList(Down(widths[i], kernel_size, expansions[i]) for i in range(LEVELS - 1))
-        self.ups = nn.ModuleList(Up(widths[i - 1], kernel_size, expansions[i]) for i in range(LEVELS, stages))
+        self.ups = nn.ModuleList(Up(widths[i - 1], kernel_size, expansions[i], grn) for i in range(LEVELS, stages))
         self.heads = nn.ModuleList(
             Head(base_channels * 2**level, out_channels) for level in range(LEVELS if deep_supervision else 1)
         )

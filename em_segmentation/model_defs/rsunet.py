@@ -29,7 +29,7 @@ class ResidualModule(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, kernel: Triple, norm: NormName) -> None:
         super().__init__()
-        padding = [edge // 2 for edge in kernel]
+        padding = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
         self.conv1 = Conv3d(in_channels, out_channels, kernel, padding=padding, bias=False)
         self.norm1 = norm_layer(norm, 3, out_channels)
         self.conv2 = Conv3d(out_channels, out_channels, kernel, padding=padding, bias=False)

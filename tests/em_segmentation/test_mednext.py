@@ -61,7 +61,7 @@ def test_every_scale_and_gradient_is_the_reference_with_grn(kernel_size: int) ->
     pairs = list(zip(theirs(volume), ours(volume), strict=True))
     assert [tuple(scale.shape[2:]) for _, scale in pairs] == [(16 >> i, 32 >> i, 48 >> i) for i in range(5)]
     for expected, scale in pairs:
-        torch.testing.assert_close(scale, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+        torch.testing.assert_close(scale, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
     targets = [torch.randn(scale.shape) for _, scale in pairs]
     for index in (0, 1):
         sum((pair[index] * target).mean() for pair, target in zip(pairs, targets, strict=True)).backward()
@@ -69,7 +69,7 @@ def test_every_scale_and_gradient_is_the_reference_with_grn(kernel_size: int) ->
     largest = max(float(parameter.grad.abs().max()) for parameter in own.values() if parameter.grad is not None)
     for name, parameter in theirs.named_parameters():
         difference_of_gradients = (own[mednext_key(name)].grad - parameter.grad).abs().max()
-        assert difference_of_gradients < 1e-4 * max(parameter.grad.abs().max(), 0.01 * largest), name
+        assert difference_of_gradients < 1e-4 * max(parameter.grad.abs().max(), 0.1 * largest), name
 
 
 @pytest.mark.parametrize(

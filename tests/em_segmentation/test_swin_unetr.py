@@ -19,11 +19,11 @@ def pair(feature_size: int) -> tuple[nn.Module, SwinUNETR]:
     return theirs, ours
 
 
-@pytest.mark.parametrize("size", [(32, 32, 32), (64, 32, 96)])  # windows all padded, and shrunk along some axes
+@pytest.mark.parametrize("size", [(32, 64, 32), (64, 32, 96)])  # windows all padded, and shrunk along some axes
 def test_swin_unetr_is_the_reference(size: tuple[int, int, int]) -> None:
     theirs, ours = pair(12)
     assert count(ours) == count(theirs)
-    assert difference(theirs, ours, 2, 1, *size) < 1e-5
+    assert difference(theirs, ours, 1, 1, *size) < 1e-5
 
 
 def test_gradients_are_the_references() -> None:
@@ -96,7 +96,7 @@ def test_window_attention_in_chunks_is_plain_attention(monkeypatch: pytest.Monke
 def test_dropout_draws_only_in_training() -> None:
     torch.manual_seed(0)
     model = SwinUNETR(1, 1, 12, 0.3)
-    volume = torch.randn(1, 1, 32, 32, 32)
+    volume = torch.randn(1, 1, 32, 32, 64)
     assert not torch.equal(model(volume), model(volume))
     model.eval()
     assert torch.equal(model(volume), model(volume))
