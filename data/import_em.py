@@ -48,7 +48,21 @@ def read_stack(folder: Path) -> Stack:
     for path in files:
         with parsing(path, "copy the data set again"), Image.open(path) as image:
             sections.append(np.asarray(image.convert("L")))
+        if sections[-1].shape != sections[0].shape:
+            sizes = f"{list(sections[-1].shape)} pixels y, x, {files[0].name} {list(sections[0].shape)}"
+            raise data_error(f"{path}: has {sizes}; expected one size, copy the data set again")
     return np.stack(sections)
+
+
+def save_pair(target: Path, image: Stack, labels: npt.NDArray[np.generic], source: Path) -> None:
+    """image.npy and labels.npy, once it is sure that they belong together."""
+    if image.shape != labels.shape[-3:]:
+        raise data_error(
+            f"{source}: image {list(image.shape)}, labels {list(labels.shape[-3:])} (z, y, x); expected one shape, "
+            "copy the data set again"
+        )
+    save(target / "image.npy", image)
+    save(target / "labels.npy", labels)
 
 
 def save(path: Path, array: npt.NDArray[np.generic]) -> None:
@@ -64,8 +78,7 @@ def import_fib25(source: Path, target: Path) -> None:
             stack, transforms = file["stack"][:], file["transforms"][:].astype(np.int64)
         bodies = np.zeros(int(stack.max()) + 1, np.uint32)
         bodies[transforms[:, 0]] = transforms[:, 1]
-    save(target / "image.npy", read_stack(source / "grayscale_maps")[: len(stack)])
-    save(target / "labels.npy", bodies[stack])
+    save_pair(target, read_stack(source / "grayscale_maps")[: len(stack)], bodies[stack], source)
 
 
 def import_isbi2012(source: Path, target: Path) -> None:
@@ -73,8 +86,7 @@ def import_isbi2012(source: Path, target: Path) -> None:
     in_section = np.zeros((3, 3, 3), np.bool_)
     in_section[1, 1, :] = in_section[1, :, 1] = True
     instances, _ = scipy.ndimage.label(cells, in_section)
-    save(target / "image.npy", image[: len(cells)])
-    save(target / "labels.npy", np.stack([~cells, instances]).astype(np.uint32))
+    save_pair(target, image[: len(cells)], np.stack([~cells, instances]).astype(np.uint32), source)
     save(target / "unlabelled.npy", image[len(cells) :])
 
 
@@ -88,8 +100,10 @@ def import_vnc(source: Path, target: Path) -> None:
             f"{source / 'labels'}: grey levels other than {sorted(VNC_CLASSES)}; expected the labels as published"
         )
     mitochondria = read_stack(source / "mitochondria") >= MASK_LEVEL
-    save(target / "image.npy", read_stack(source / "raw"))
-    save(target / "labels.npy", np.stack([classes, mitochondria]).astype(np.uint8))
+    if classes.shape != mitochondria.shape:
+        shapes = f"labels {list(classes.shape)}, mitochondria {list(mitochondria.shape)}"
+        raise data_error(f"{source}: {shapes} (z, y, x); expected one shape, copy the data set again")
+    save_pair(target, read_stack(source / "raw"), np.stack([classes, mitochondria]).astype(np.uint8), source)
 
 
 IMPORTERS = {"fib25": import_fib25, "isbi2012": import_isbi2012, "vnc": import_vnc}

@@ -12,15 +12,15 @@ from em_segmentation.losses import fitting_problems
 
 Triple = tuple[int, int, int]
 TargetName = Literal["semantic", "boundary", "affinity", "distance", "centre", "lsd"]
+TestTimeName = Literal["none", "flips", "flips_in_plane", "turns_in_plane", "all"]
+InstanceSource = Literal["none", "affinity", "boundary", "membrane", "semantic"]
 LossName = Literal["DiceLoss", "FocalLoss", "TverskyLoss", "DiceCELoss", "BCEWithLogitsLoss", "CrossEntropyLoss",
                    "WeightedBCELoss", "MSELoss"]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class System:
-    num_gpus: int = (
-        1  # 0 = CPU; else at most that many processes under torchrun, each on its GPU (CPU where there is none)
-    )
+    num_gpus: int = 1  # 0 = CPU; else the most processes under torchrun, a GPU each (CPU where there is none)
     num_cpus: int = 0  # threads of torch per process; 0 = as many as torch takes by itself
     seed: int = 42  # of weights, patches, augmentation and dropout
     deterministic: bool = True  # same command, same bits; a few GPU operations are slower
@@ -91,9 +91,7 @@ class Targets:
     label_channels: tuple[int, ...] = (0,)  # channel of the label volume that each target reads
     loss_functions: tuple[tuple[LossName, ...], ...] = ()  # per target; empty = model.loss_functions for each
     semantic_classes: int = 1  # 1: any id is foreground (sigmoid); K: classes 0 .. K-1 (softmax)
-    semantic_names: tuple[str, ...] = (
-        "foreground",
-    )  # of the class, or of classes 1 .. K-1, in reports and metrics.json
+    semantic_names: tuple[str, ...] = ("foreground",)  # of the class, or of classes 1 .. K-1, in reports
     semantic_only: tuple[int, ...] = ()  # with one class: only these ids are foreground; empty = all but 0
     boundary_thickness: int = 1  # voxels on either side of a face between two objects
     boundary_in_plane: bool = False  # only faces along y and x, for thick sections
@@ -135,6 +133,7 @@ class Model:
     tversky_alpha: float = 0.5  # of TverskyLoss: weight of false positives
     tversky_beta: float = 0.5  # weight of false negatives
     focal_gamma: float = 2.0
+    fold: Triple = (1, 1, 1)  # rsunet: voxels z, y, x that become channels of one cell; (1, 2, 2) is four times as fast
     kernel_z: tuple[int, ...] = ()  # rsunet: edge of the kernel along z per level, 1 or 3; empty = from the voxel size
     norm: Literal["batch", "group"] = "batch"  # rsunet; batch: exact tiles at inference
     feature_size: int = 16  # unetr (16) and swin_unetr (24, 48): channels at full resolution
@@ -146,13 +145,13 @@ class Model:
     mednext_grn: bool = False
     deep_supervision: bool = False  # mednext: losses at five scales
     activation_checkpointing: bool = False  # mednext: recompute instead of keep; M and L on small GPUs
-    start_from: Path | None = (
-        None  # weights to begin with: a best.pt of the same network, or of MedNeXt with smaller kernels
-    )
+    start_from: Path | None = None  # best.pt to begin with: of this network, or of MedNeXt with smaller kernels
 
     def problems(self) -> Iterator[str]:
         yield from outside(self, {"in_channels": (1, 1024), "out_channels": (0, 65536), "filters": (1, 8192)})
-        yield from outside(self, {"dropout": (0, 0.99), "feature_size": (1, 8192), "mednext_base_channels": (1, 8192)})
+        yield from outside(
+            self, {"fold": (1, 8), "dropout": (0, 0.99), "feature_size": (1, 8192), "mednext_base_channels": (1, 8192)}
+        )
         yield from outside(self, {"mednext_exp_r": (1, 64), "mednext_block_counts": (1, 100), "loss_weights": (0, 1e6)})
         yield from outside(self, {"positive_weight": (1e-6, 1e6), "focal_gamma": (0, 100)})
         yield from outside(self, {"tversky_alpha": (0, 1), "tversky_beta": (0, 1)})
@@ -282,16 +281,12 @@ class Logging:
 
 @dataclasses.dataclass(frozen=True)
 class Inference:
-    tiling: Literal["exact", "blended"] = (
-        "blended"  # exact: batch-norm networks; blended: all that look at a whole window
-    )
+    tiling: Literal["exact", "blended"] = "blended"  # exact: batch-norm networks; blended: all others
     tile_size: Triple = (64, 256, 256)  # voxels of output computed at once by exact tiles; bounds the memory
     window_size: Triple | None = None  # of blended windows; null = data.patch_size
     overlap: float = 0.5  # of blended windows, share of their edges
     precision: Literal["32", "bf16"] = "bf16"  # bf16 is about 3 times faster on recent CPUs and GPUs
-    tta: Literal["none", "flips", "flips_in_plane", "turns_in_plane", "all"] = (
-        "none"  # 1, 8, 4, 8 (in-plane), 16 passes
-    )
+    tta: TestTimeName = "none"  # passes over the volume: 1, 8, 4, 8 and 16
 
     def problems(self) -> Iterator[str]:
         yield from outside(self, {"tile_size": (1, 8192), "overlap": (0, 0.9)})
@@ -301,14 +296,10 @@ class Inference:
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    target: Literal["none", "affinity", "boundary", "semantic"] = (
-        "none"  # what instances are made of; none: no instances
-    )
+    target: InstanceSource = "none"  # membrane: the semantic class parts instances; semantic: its pieces are them
     label_channel: int | None = None  # of the label volumes, that holds the true instances; null = the target's
     method: Literal["components", "watershed", "mutex"] = "watershed"  # watershed: fragments merged by affinity
-    threshold: int = (
-        128  # 0..255; fragments merge while their affinity reaches it (eval.py: where nothing is validated)
-    )
+    threshold: int = 128  # 0..255; fragments merge while their affinity reaches it; eval.py chooses on validation
     thresholds: tuple[int, ...] = tuple(range(240, 15, -8))  # tried on validation volumes, descending
     foreground: int = 0  # 0..255, least mean affinity of a voxel in an object; 0: every voxel is in one
     neighbours: Literal["volume", "sections"] = "volume"  # of fragments; sections: each section by itself
@@ -321,6 +312,7 @@ class Decoding:
     quantile: int = 50  # per cent
     min_size: int = 0  # voxels; smaller objects are removed or joined
     small: Literal["remove", "join"] = "join"
+    by_section: bool = False  # every section is a picture of its own, objects are 2D
     block_size: Triple = (128, 512, 512)  # voxels decoded at once; larger volumes go block by block
     executor: Literal["serial", "processes", "dask"] = "serial"  # where blocks are worked on
     workers: int = 2  # processes on this machine
@@ -386,13 +378,15 @@ class Config:
 
     def problems(self) -> Iterator[str]:
         yield from fitting_problems(self.targets, self.model)
-        if self.decoding.target != "none" and self.decoding.target not in self.targets.names:
-            yield f"decoding.target: {self.decoding.target} is not among targets.names={list(self.targets.names)}"
-        if self.decoding.target == "semantic" and (
-            self.decoding.method != "components" or self.targets.semantic_classes > 1
-        ):
-            yield "decoding.method: instances of one semantic class are components; expected decoding.method=components"
-        if self.decoding.target in ("boundary", "semantic") and self.decoding.method == "mutex":
+        decoding, targets = self.decoding, self.targets
+        needed = "semantic" if decoding.target == "membrane" else decoding.target
+        if needed != "none" and needed not in targets.names:
+            yield f"decoding.target: {decoding.target} needs {needed} among targets.names, got {list(targets.names)}"
+        if needed == "semantic" and targets.semantic_classes > 1:
+            yield f"decoding.target: {decoding.target} needs a single class (targets.semantic_classes=1)"
+        if decoding.target == "semantic" and decoding.method != "components":
+            yield "decoding.method: the pieces of a semantic class are components; expected decoding.method=components"
+        if needed in ("boundary", "semantic") and decoding.method == "mutex":
             yield "decoding.method: mutex needs affinities; expected decoding.target=affinity"
 
 

@@ -12,7 +12,7 @@ from common.errors import UserError, config_error
 from common.streams import random_for
 from em_segmentation.augmentation import Patch
 from em_segmentation.augmentation import problems as augmentation_problems
-from em_segmentation.config import Config, Data
+from em_segmentation.config import Config, Data, Targets
 from em_segmentation.volumes import Annotated, Role, Triple, digest, in_memory, open_role
 
 
@@ -78,32 +78,31 @@ def cached(volume: Annotated) -> Annotated:
         in_memory(lazy, volume.sections) if lazy is not None else None for lazy in (volume.label, volume.mask)
     )
     image = in_memory(volume.image, volume.sections)
-    return dataclasses.replace(volume, image=image, label=label, mask=mask, sections=(0, volume.shape[0]))
+    return dataclasses.replace(volume, image=image, label=label, mask=mask)
 
 
-def draw_patch(
-    volumes: list[Annotated], chances: np.ndarray, data: Data, channel: int, seed: int, position: int
-) -> Patch:
-    """The patch at one position of the run's stream; (1, ...) each. A pure function of seed and position."""
-    random = random_for("patch", seed, position)
-    for attempt in range(data.foreground_tries):
-        volume = volumes[int(random.choice(len(volumes), p=chances))]
-        corner = [int(random.integers(n - edge + 1)) for n, edge in zip(volume.shape, data.patch_size, strict=True)]
-        at = (corner[0], corner[1], corner[2])
-        labels = volume.read_labels(at, data.patch_size)
-        enough = data.min_foreground == 0 or (labels[channel] > 0).mean() >= data.min_foreground
-        if enough or attempt == data.foreground_tries - 1:
-            break
-    return patch_at(volume, at, data.patch_size, labels, position)
+def foreground_share(labels: np.ndarray, annotated: np.ndarray, targets: Targets) -> float:
+    """The share of a patch's voxels that are annotated and foreground of the first target."""
+    ids = labels[targets.label_channels[0]]
+    only = targets.semantic_only if targets.names[0] == "semantic" else ()
+    foreground = np.isin(ids, only) if only else ids > 0
+    return float((foreground & annotated[0]).mean())
 
 
-def patch_at(volume: Annotated, corner: Triple, size: Triple, labels: np.ndarray, position: int) -> Patch:
-    return Patch(
-        torch.from_numpy(volume.read_image(corner, size))[None],
-        torch.from_numpy(labels)[None],
-        torch.from_numpy(volume.read_annotated(corner, size))[None],
-        torch.tensor([position]),
-    )
+def as_patch(image: np.ndarray, labels: np.ndarray, annotated: np.ndarray, position: int) -> Patch:
+    """A batch of one."""
+    image_, labels_, annotated_ = (torch.from_numpy(part)[None] for part in (image, labels, annotated))
+    return Patch(image_, labels_, annotated_, torch.tensor([position]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """Where a patch lies, and what is written there."""
+
+    volume: Annotated
+    corner: Triple
+    labels: np.ndarray
+    annotated: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +111,7 @@ class PatchStream(Dataset[Patch | UserError]):
 
     volumes: list[Annotated]
     data: Data
-    channel: int  # of the labels, whose foreground counts
+    targets: Targets  # the first one's foreground counts
     seed: int
 
     def chances(self) -> np.ndarray:
@@ -121,11 +120,36 @@ class PatchStream(Dataset[Patch | UserError]):
         weights = np.array(self.data.train_weights if self.data.train_weights else sizes)
         return np.asarray(weights / weights.sum())
 
+    def draw(self, position: int) -> Drawn:
+        """The place of a position: a pure function of it and of the seed."""
+        random, chances, size = random_for("patch", self.seed, position), self.chances(), self.data.patch_size
+        for attempt in range(self.data.foreground_tries):
+            volume = self.volumes[int(random.choice(len(self.volumes), p=chances))]
+            z, y, x = (int(random.integers(n - edge + 1)) for n, edge in zip(volume.shape, size, strict=True))
+            drawn = Drawn(volume, (z, y, x), *volume.read_truth((z, y, x), size))
+            last_try = attempt == self.data.foreground_tries - 1
+            if last_try or foreground_share(drawn.labels, drawn.annotated, self.targets) >= self.data.min_foreground:
+                break
+        return drawn
+
+    def name(self, position: int) -> str:
+        """The place of a position in words."""
+        drawn = self.draw(position)
+        z, y, x = drawn.corner
+        return f"patch {position} ({drawn.volume.image.path} from z, y, x = {[z + drawn.volume.sections[0], y, x]})"
+
     def __getitem__(self, position: int) -> Patch | UserError:
         try:
-            return draw_patch(self.volumes, self.chances(), self.data, self.channel, self.seed, position)
+            drawn = self.draw(position)
+            image = drawn.volume.read_image(drawn.corner, self.data.patch_size)
+            return as_patch(image, drawn.labels, drawn.annotated, position)
         except UserError as error:
             return error  # as an item: a worker process would wrap what it raises in a traceback
+
+
+def patch_stream(volumes: Volumes, config: Config) -> PatchStream:
+    """The training patches of a run."""
+    return PatchStream(volumes.train, config.data, config.targets, config.system.seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +164,7 @@ class PatchList(Dataset[Patch | UserError]):
         number, corner = self.places[index]
         volume = self.volumes[number]
         try:
-            return patch_at(volume, corner, self.size, volume.read_labels(corner, self.size), index)
+            return as_patch(volume.read_image(corner, self.size), *volume.read_truth(corner, self.size), index)
         except UserError as error:
             return error
 

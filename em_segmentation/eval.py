@@ -6,7 +6,8 @@ python em_segmentation/eval.py --config em_segmentation/tutorials/fib25.yaml --c
 
 Finds the run of the same preset, YAML and words that train.py was given (or --run FOLDER, --checkpoint FILE.pt), predicts
 every validation and test volume, decodes instances where decoding.target says so, and reports the test volumes once. Writes
-results/metrics.json, the predictions and instances beside it, figures/ and report.html into the run's folder.
+results/metrics.json, the predictions and instances beside it, figures/ and report.html into the run's folder. Volumes are
+judged whole: up to a few hundred million voxels; predict.py knows no such limit.
 """
 
 import sys
@@ -29,10 +30,11 @@ from common.memory import keep_freed_memory
 from common.parallel import process_group
 from em_segmentation.config import PRESETS, Config
 from em_segmentation.inference import load_model, rounding_cost, working_copy
-from em_segmentation.judging import judge, predict_role
+from em_segmentation.judging import check_judged, judge, predict_role
+from em_segmentation.model_defs.registry import SegmentationModel
 from em_segmentation.pages import summary, write_pages
 from em_segmentation.places import resolve, run_folder, training_identity
-from em_segmentation.volumes import open_role
+from em_segmentation.volumes import Annotated, open_role
 
 
 def check_same_run(trained: Config, config: Config, path: Path) -> None:
@@ -43,6 +45,16 @@ def check_same_run(trained: Config, config: Config, path: Path) -> None:
         )
 
 
+def check_together(known: Config, roles: dict[str, list[Annotated]]) -> None:
+    """The weights' targets, the decoding and the volumes must fit each other."""
+    if problems := list(known.problems()):  # the checkpoint may be another config's
+        raise config_error(*problems)
+    if not roles["test"]:
+        raise config_error("data.test_image, data.test_label: expected labelled volumes to judge the weights on")
+    for volume in (*roles["val"], *roles["test"]):
+        check_judged(volume, known)
+
+
 def test(config: Config, folder: Path, checkpoint: Path | None) -> int:
     """Predict, judge, write everything into a run's folder, print the few figures that matter."""
     best = checkpoint if checkpoint is not None else folder / "checkpoints" / "best.pt"
@@ -51,35 +63,36 @@ def test(config: Config, folder: Path, checkpoint: Path | None) -> int:
             f"--run: no trained weights at {best.absolute()}; train with the same words first, or give --run FOLDER"
         )
     keep_freed_memory()
-    with process_group(config.system.deterministic) as device, exclusive(folder / "results"):
+    results = folder / "results"
+    with process_group(config.system.deterministic) as device, exclusive(results):
         model, trained = load_model(best, device)
         if checkpoint is None:
             check_same_run(trained, config, best)
         resolved = resolve(config)
         roles = {"val": open_role(resolved.data, "val"), "test": open_role(resolved.data, "test")}
-        if not roles["test"] or any(volume.label is None for volume in (*roles["val"], *roles["test"])):
-            raise config_error("data.test_image, data.test_label: expected labelled volumes to judge the weights on")
         known = dataclasses.replace(trained, inference=config.inference, decoding=config.decoding)
-        if config.inference.precision != "32":
-            volume = roles["test"][0]
-            cost = rounding_cost(model, volume.image, volume.scale, known)
-            print(
-                f"{config.inference.precision} changes probabilities by at most {cost:.4f} (middle of {volume.image.path.name})"
-            )
-        network = working_copy(model, config.inference.precision)
-        if (folder / "results" / "metrics.json").exists():
+        check_together(known, roles)
+        tell(model, roles["test"][0], known)
+        if (results / "metrics.json").exists():
             print("note: these test volumes were judged before; the best of several looks is not an honest figure")
+        network = working_copy(model, config.inference.precision)
         predictions = {
-            role: predict_role(network, volumes, known, best, folder / "results", role)
-            for role, volumes in roles.items()
+            role: predict_role(network, volumes, known, best, results, role) for role, volumes in roles.items()
         }
-        verdict = judge(roles, predictions, known, config.evaluation, folder / "results")
-        write_text(folder / "results" / "metrics.json", json.dumps(verdict.figures, indent=2) + "\n")
-        write_pages(verdict, roles["test"], predictions["test"], known, config.evaluation, folder)
+        verdict = judge(roles, predictions, known, config.evaluation, results)
+        write_text(results / "metrics.json", json.dumps(verdict.figures, indent=2, allow_nan=False) + "\n")
+        write_pages(verdict, roles["test"], known, config.evaluation, folder)
     print(summary(verdict, known))
-    for name in ("results/metrics.json", "figures/overlay.png", "report.html"):
-        print(folder / name)
+    print(results / "metrics.json", *sorted((folder / "figures").glob("*.png")), folder / "report.html", sep="\n")
     return 0
+
+
+def tell(model: SegmentationModel, volume: Annotated, config: Config) -> None:
+    """What the working precision costs."""
+    if config.inference.precision != "32":
+        cost = rounding_cost(model, volume.image, volume.scale, config)
+        words = f"changes probabilities by at most {cost:.4f} (middle of {volume.image.path.name})"
+        print(f"{config.inference.precision} {words}", flush=True)
 
 
 def main(arguments: list[str]) -> int:

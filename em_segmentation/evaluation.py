@@ -5,12 +5,15 @@ A volume is judged in pieces; their counts add up to its figures, and resampling
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
+import scipy.sparse
 
 from common.metrics.intervals import Interval, bootstrap_interval
 from common.metrics.segmentation import (
+    InstanceScore,
     Overlaps,
     adapted_rand,
     add_overlaps,
@@ -25,12 +28,12 @@ from common.metrics.segmentation import (
 from em_segmentation.config import Evaluation
 
 Ids = npt.NDArray[np.int64]
+Found = npt.NDArray[np.unsignedinteger] | npt.NDArray[np.signedinteger]
 Mask = npt.NDArray[np.bool_]
 Bytes = npt.NDArray[np.uint8]
 Counts = npt.NDArray[np.int64]
 Slices = tuple[slice, slice, slice]
 PIECES_PER_AXIS = (4, 2, 2)  # z, y, x, of each volume: what is resampled for the intervals
-FEWEST_FOR_INTERVAL = 5  # pieces
 
 
 def pieces(shape: tuple[int, ...]) -> list[Slices]:
@@ -78,14 +81,28 @@ class ByteHistogram:
         return ByteHistogram(self.inside + other.inside, self.outside + other.outside)
 
 
-def best_mask_threshold(histogram: ByteHistogram) -> tuple[int, float]:
-    """The byte t whose mask (values >= t) has the highest Jaccard index, and that index; of equals the middle one."""
+def jaccard_curve(histogram: ByteHistogram) -> npt.NDArray[np.float64]:
+    """The Jaccard index of the mask values >= t for t = 1 .. 255 (255,); 1 where there is nothing and nothing is found."""
     found_inside = histogram.inside[::-1].cumsum()[::-1]
     found_outside = histogram.outside[::-1].cumsum()[::-1]
     union = histogram.inside.sum() + found_outside
-    jaccard = np.where(union > 0, found_inside / np.maximum(union, 1), 1.0)[1:]  # t from 1: 0 would be everything
-    best = np.flatnonzero(jaccard == jaccard.max())
-    return int(best[len(best) // 2]) + 1, float(jaccard.max())
+    return np.where(union > 0, found_inside / np.maximum(union, 1), 1.0)[1:]  # t = 0 would be everything
+
+
+def best_mask_threshold(curve: npt.NDArray[np.float64]) -> int:
+    """The byte t of a jaccard_curve's highest value; of equals the middle one."""
+    best = np.flatnonzero(curve == curve.max())
+    return int(best[len(best) // 2]) + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """A figure of the validation volumes over the thresholds 0..255 that were tried, and the one that was chosen."""
+
+    name: str
+    thresholds: list[int]
+    values: list[float]
+    chosen: int
 
 
 def otsu_threshold(image: npt.NDArray[np.floating]) -> float:
@@ -107,43 +124,63 @@ def dark_as_boundary(image: npt.NDArray[np.floating]) -> Bytes:
     return scaled[None]
 
 
-def truth_of(labels: Ids, annotated: Mask, settings: Evaluation) -> Ids:
-    """True ids, 0 where nobody looked and for objects that are too small to be judged."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Truth:
+    """True instances [z, y, x], 0 between objects, and which voxels are judged at all."""
+
+    ids: Ids
+    judged: Mask
+
+
+def truth_of(labels: Ids, annotated: Mask, settings: Evaluation) -> Truth:
+    """Not judged: what nobody looked at, and objects that are too small."""
     ids = np.where(annotated, labels, 0)
     if settings.min_object_voxels <= 1:
-        return ids
+        return Truth(ids, annotated)
     values, number, counts = np.unique(ids, return_inverse=True, return_counts=True)
-    values = np.where(counts < settings.min_object_voxels, 0, values)
-    return np.asarray(values[number].reshape(ids.shape))
+    is_small = ((counts < settings.min_object_voxels) & (values != 0))[number].reshape(ids.shape)
+    return Truth(np.where(is_small, 0, ids), annotated & ~is_small)
 
 
-def overlap_pieces(truth: Ids, found: npt.NDArray[np.integer]) -> list[Overlaps]:
-    """The table of overlaps of each piece of a volume, voxels without a true object left out."""
-    return [
-        without_truth(count_overlaps(np.ascontiguousarray(truth[where]), np.ascontiguousarray(found[where])), 0)
-        for where in pieces(truth.shape)
-    ]
+def overlap_pieces(truth: Truth, found: Found) -> list[Overlaps]:
+    """The table of overlaps of the judged voxels of each piece of a volume."""
+    tables = []
+    for where in pieces(truth.ids.shape):
+        judged = truth.judged[where]
+        tables.append(count_overlaps(truth.ids[where][judged], found[where][judged]))
+    return tables
 
 
-def shifted(tables: list[list[Overlaps]]) -> list[Overlaps]:
-    """The tables of several volumes' pieces with ids made different from volume to volume."""
-    result = []
-    for number, volume in enumerate(tables):
-        step = np.uint64(number << 48)
-        for table in volume:
-            truth_ids = np.where(table.truth_ids > 0, table.truth_ids + step, table.truth_ids)
-            segment_ids = np.where(table.segment_ids > 0, table.segment_ids + step, table.segment_ids)
-            result.append(dataclasses.replace(table, truth_ids=truth_ids, segment_ids=segment_ids))
+def in_objects(volumes: list[list[Overlaps]]) -> list[Overlaps]:
+    """The tables of all pieces of several volumes, where there are true objects, with ids told apart by volume.
+
+    What is not found (0) in one volume is not the same as in another.
+    """
+    result: list[Overlaps] = []
+    truths = segments = np.uint64(0)
+    for tables in volumes:
+        together = add_overlaps(tables)
+        for table in tables:
+            kept = without_truth(table, 0)
+            truth_ids = truths + np.searchsorted(together.truth_ids, kept.truth_ids).astype(np.uint64)
+            segment_ids = segments + np.searchsorted(together.segment_ids, kept.segment_ids).astype(np.uint64)
+            result.append(dataclasses.replace(kept, truth_ids=truth_ids, segment_ids=segment_ids))
+        truths, segments = truths + np.uint64(len(together.truth_ids)), segments + np.uint64(len(together.segment_ids))
     return result
 
 
-def rand_error(tables: list[Overlaps]) -> float:
-    return adapted_rand(add_overlaps(tables)).error
+def rand_error(volumes: list[list[Overlaps]]) -> float:
+    """Adapted Rand error over all volumes."""
+    return adapted_rand(add_overlaps(in_objects(volumes))).error
 
 
-def instance_figures(tables: list[Overlaps], settings: Evaluation) -> dict[str, float]:
-    """All figures of instances from the pieces of all volumes."""
-    table = add_overlaps(tables)
+def instance_figures(volumes: list[list[Overlaps]], settings: Evaluation) -> dict[str, float]:
+    """All figures of instances from the pieces of all volumes.
+
+    Rand and information where there are true objects; average precision, and the number of objects, over all that is
+    judged: a found object in the background is a false one.
+    """
+    table = add_overlaps(in_objects(volumes))
     rand, information = adapted_rand(table), variation_of_information(table)
     figures = {
         "adapted_rand_error": rand.error,
@@ -154,37 +191,63 @@ def instance_figures(tables: list[Overlaps], settings: Evaluation) -> dict[str, 
         "voi_merge": information.merge,
         "cremi_score": cremi_score(rand, information),
     }
-    for score in instance_scores(table, settings.iou_thresholds):
-        figures[f"average_precision_{round(100 * score.iou)}"] = score.average_precision
-    objects = int((table.truth_voxels > 0).sum()), int(((table.segment_voxels > 0) & (table.segment_ids > 0)).sum())
-    return figures | {"num_true_objects": objects[0], "num_objects": objects[1]}
+    wholes = [add_overlaps(tables) for tables in volumes]
+    scores = [instance_scores(one, settings.iou_thresholds) for one in wholes]
+    for position, iou in enumerate(settings.iou_thresholds):
+        own = [score[position] for score in scores]
+        total = InstanceScore(iou, sum(s.tp for s in own), sum(s.fp for s in own), sum(s.fn for s in own))
+        figures[f"average_precision_{round(100 * iou)}"] = total.average_precision
+    figures["num_true_objects"] = sum(int((one.truth_ids > 0).sum()) for one in wholes)
+    figures["num_objects"] = sum(int((one.segment_ids > 0).sum()) for one in wholes)
+    return figures
 
 
 def interval_of_counts(counts: Counts, settings: Evaluation) -> Interval:
     """Bootstrap interval of the Jaccard index over pieces."""
-    return bootstrap_interval(
-        lambda chosen: jaccard_of(counts[chosen]),
-        len(counts),
-        settings.bootstrap_resamples,
-        settings.confidence,
-        settings.seed,
+    return interval_over_pieces(lambda chosen: jaccard_of(counts[chosen]), len(counts), settings)
+
+
+def interval_of_rand(volumes: list[list[Overlaps]], settings: Evaluation) -> Interval:
+    """Bootstrap interval of the adapted Rand error over pieces.
+
+    With piece k drawn w_k times, a group of n_k voxels in each has N = sum w_k n_k, and the sum of N (N - 1) over all
+    groups is w' G w - w' n for the pieces' products G: no resample needs the tables.
+    """
+    tables = in_objects(volumes)
+    table = add_overlaps(tables)
+    pairs = scipy.sparse.vstack([row_of_pairs(one, table) for one in tables]).tocsr()  # (pieces, pairs)
+    of_row, of_column = (
+        scipy.sparse.csr_array((np.ones(len(group)), (np.arange(len(group)), group)))
+        for group in (table.row, table.column)
+    )
+    products = [(one @ one.T).toarray() for one in (pairs, pairs @ of_row, pairs @ of_column)]
+    voxels = pairs.sum(1)
+
+    def error(chosen: Counts) -> float:
+        weights = np.bincount(chosen, minlength=len(tables)).astype(np.float64)
+        both, truth, segment = (float(weights @ one @ weights - weights @ voxels) for one in products)
+        return 1 - 2 * both / (truth + segment) if truth + segment > 0 else 0.0
+
+    return interval_over_pieces(error, len(tables), settings)
+
+
+def row_of_pairs(piece: Overlaps, table: Overlaps) -> scipy.sparse.csr_array:
+    """A piece's voxels of each pair of ids of the table of all pieces, (1, pairs)."""
+    width = len(table.segment_ids)
+    row = np.searchsorted(table.truth_ids, piece.truth_ids)[piece.row]
+    column = np.searchsorted(table.segment_ids, piece.segment_ids)[piece.column]
+    place = np.searchsorted(table.row * width + table.column, row * width + column)
+    return scipy.sparse.csr_array(
+        (piece.voxels.astype(np.float64), (np.zeros(len(place), np.int64), place)), shape=(1, len(table.voxels))
     )
 
 
-def interval_of_rand(tables: list[Overlaps], settings: Evaluation) -> Interval:
-    """Bootstrap interval of the adapted Rand error over pieces."""
-    return bootstrap_interval(
-        lambda chosen: rand_error([tables[k] for k in chosen]),
-        len(tables),
-        settings.bootstrap_resamples,
-        settings.confidence,
-        settings.seed,
-    )
+def interval_over_pieces(statistic: Callable[[Counts], float], n: int, settings: Evaluation) -> Interval:
+    return bootstrap_interval(statistic, n, settings.bootstrap_resamples, settings.confidence, settings.seed)
 
 
 def boundary_figure(
-    truth: Ids, found: npt.NDArray[np.integer], voxel_size_nm: tuple[float, float, float], settings: Evaluation
+    truth: Truth, found: Found, voxel_size_nm: tuple[float, float, float], settings: Evaluation
 ) -> float:
-    """Boundary F1 of one volume, where there is truth."""
-    judged = np.where(truth > 0, found, 0)
-    return boundary_f1(truth, judged, voxel_size_nm, settings.boundary_tolerance_nm)
+    """Boundary F1 of one volume, where there are true objects."""
+    return boundary_f1(truth.ids, np.where(truth.ids > 0, found, 0), voxel_size_nm, settings.boundary_tolerance_nm)

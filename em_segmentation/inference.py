@@ -1,4 +1,7 @@
-"""A trained network over a whole volume: probabilities as bytes, plane range by plane range, in memory bounded by tiles."""
+"""A trained network over a whole volume: probabilities as bytes, plane range by plane range.
+
+Memory: exact tiles hold one row of them as bytes; blended windows hold the sums of a window's depth of planes as float32.
+"""
 
 import copy
 import dataclasses
@@ -13,18 +16,18 @@ from torch import Tensor
 
 from common.checkpoint import load_checkpoint, load_weights
 from common.config import restore
-from common.errors import config_error
-from common.tiling import Box, balanced_tile, blended_planes, exact_tiles
+from common.errors import config_error, data_error
+from common.tiling import Box, balanced_tile, blended_planes, exact_tiles, window_starts
 from common.volumes.volume import Volume
 from em_segmentation.config import BASE, Config, Targets
-from em_segmentation.model_defs.registry import SegmentationModel, build_model
+from em_segmentation.model_defs.registry import KIND, SegmentationModel, build_model
+from em_segmentation.model_defs.unetr import UNETR
 from em_segmentation.objective import channel_ranges
 from em_segmentation.turns import averaged, turns_of
 from em_segmentation.volumes import Scale, normalised
 
 Triple = tuple[int, int, int]
 Bytes = npt.NDArray[np.uint8]
-KIND = "em_segmentation"
 AUXILIARY = ("centre", "lsd")  # targets that help training and are not written
 
 
@@ -43,12 +46,20 @@ def working_copy(model: SegmentationModel, precision: str) -> SegmentationModel:
 
 
 def written_channels(settings: Targets) -> dict[str, slice]:
-    """The channels of a prediction: those of the targets that are probabilities or distances."""
+    """The channels of a prediction: those of the targets that are probabilities or distances.
+
+    Raises a config error where there are none.
+    """
     ranges, first = {}, 0
     for name, channels in channel_ranges(settings).items():
         if name not in AUXILIARY:
             ranges[name] = slice(first, first + channels.stop - channels.start)
             first = ranges[name].stop
+    if not ranges:
+        raise config_error(
+            f"targets.names: {', '.join(settings.names)} only help training and are not written; "
+            "expected semantic, boundary, affinity or distance among them"
+        )
     return ranges
 
 
@@ -124,38 +135,67 @@ def predicted_planes(
     parts = exact_planes if config.inference.tiling == "exact" else window_planes
     for first, found in parts(model, image, scale, config, planes):
         begin, end = max(first, planes[0]), min(first + found.shape[1], planes[1])
-        kept = found[:, begin - first : end - first, : image.shape[1], : image.shape[2]]
         if end > begin:
-            yield begin, (kept * 255).round().to(torch.uint8).cpu().numpy()
+            yield begin, found[:, begin - first : end - first, : image.shape[1], : image.shape[2]].numpy()
+
+
+def row_starts(model: SegmentationModel, shape: Triple, config: Config) -> list[int]:
+    """The planes where a new row of tiles or windows begins: what several processes part a volume at."""
+    if config.inference.tiling == "exact":
+        padded, edges, _ = exact_layout(model, shape, config)
+        return list(range(0, padded[0], edges[0]))
+    window = window_of(model, config)
+    return window_starts(max(shape[0], window[0]), window[0], config.inference.overlap)
+
+
+def exact_layout(model: SegmentationModel, shape: Triple, config: Config) -> tuple[Triple, Triple, Triple]:
+    """The padded shape, the tiles' edges and their halo; a config error for networks that look at whole windows."""
+    if model.halo is None or model.alignment is None:
+        raise config_error(
+            f"inference.tiling: {config.model.architecture} looks at whole windows; expected inference.tiling=blended"
+        )
+    halo, grid, tta = model.halo, model.alignment, config.inference.tta
+    if any(turn.swapped for turn in turns_of(tta)) and (halo[1] != halo[2] or grid[1] != grid[2]):
+        raise config_error(
+            f"inference.tta: {tta} turns y into x, which {config.model.architecture} treats differently: use flips"
+        )
+    if tta != "none" and "affinity" in config.targets.names:  # an edge's other end is looked at
+        offsets = config.targets.affinity_offsets
+        reach = [max(abs(offset[axis]) for offset in offsets) for axis in range(3)]
+        halo = (halo[0] + reach[0], halo[1] + reach[1], halo[2] + reach[2])
+    padded = padded_shape(shape, grid)
+    return padded, balanced_tile(padded, fitting(config.inference.tile_size, grid), grid), halo
 
 
 def exact_planes(
     model: SegmentationModel, image: Volume, scale: Scale, config: Config, planes: tuple[int, int]
 ) -> Iterator[tuple[int, Tensor]]:
-    """Rows of exact tiles that touch the planes; each output computed once."""
-    if model.halo is None or model.alignment is None:
-        raise config_error(
-            f"inference.tiling: {config.model.architecture} looks at whole windows; expected inference.tiling=blended"
-        )
-    network, device = probability_network(model, config), next(model.parameters()).device
-    shape = padded_shape(image.shape, model.alignment)
-    read = Reader(image, scale, device, shape)
-    halo = model.halo
-    if config.inference.tta != "none" and "affinity" in config.targets.names:
-        reach = [max(abs(offset[axis]) for offset in config.targets.affinity_offsets) for axis in range(3)]
-        halo = (halo[0] + reach[0], halo[1] + reach[1], halo[2] + reach[2])
-    edges = balanced_tile(shape, fitting(config.inference.tile_size, model.alignment), model.alignment)
+    """Rows of exact tiles that touch the planes, as bytes; each output computed once."""
+    shape, edges, halo = exact_layout(model, image.shape, config)
+    assert model.alignment is not None
+    network, read = probability_network(model, config), Reader(image, scale, device_of(model), shape)
     tiles = exact_tiles(shape, edges, 1, model.alignment, halo)
     for first, row in itertools.groupby(tiles, lambda tile: tile.write[0].start):
         if first >= planes[1] or first + edges[0] <= planes[0]:
             continue
-        output = torch.empty(0)
+        output = torch.empty(0, dtype=torch.uint8)
         for tile in row:
-            found = network(read(tile.read))[0][(slice(None), *tile.keep)]
+            found = as_bytes(network(read(tile.read))[0][(slice(None), *tile.keep)], image.path)
             if output.dim() == 1:
                 output = found.new_empty(len(found), found.shape[1], *shape[1:])
             output[(slice(None), slice(None), *tile.write[1:])] = found
         yield first, output
+
+
+def as_bytes(probabilities: Tensor, path: Path) -> Tensor:
+    """round(255 p) as uint8 on the CPU; a data error where a network's output is not finite."""
+    if not bool(probabilities.isfinite().all()):
+        raise data_error(f"{path}: the network's output is not finite there; try inference.precision=32")
+    return probabilities.mul(255).round_().to(torch.uint8).cpu()
+
+
+def device_of(model: SegmentationModel) -> torch.device:
+    return next(model.parameters()).device
 
 
 def fitting(size: Triple, grid: Triple) -> Triple:
@@ -164,26 +204,38 @@ def fitting(size: Triple, grid: Triple) -> Triple:
     return z, y, x
 
 
+def window_of(model: SegmentationModel, config: Config) -> Triple:
+    """The edges of blended windows; a config error where the network, or a turn, does not fit into them."""
+    inference = config.inference
+    window = inference.window_size if inference.window_size is not None else config.data.patch_size
+    with torch.device("meta"):  # no weights: only to learn whether the network takes these windows
+        build_model(config)
+    swapped = any(turn.swapped for turn in turns_of(inference.tta))
+    if swapped and window[1] != window[2] and isinstance(model.network, UNETR):
+        raise config_error(
+            f"inference.tta: {inference.tta} turns windows of {list(window)}; unetr takes only square ones: use flips"
+        )
+    return window
+
+
 def window_planes(
     model: SegmentationModel, image: Volume, scale: Scale, config: Config, planes: tuple[int, int]
 ) -> Iterator[tuple[int, Tensor]]:
-    """Planes out of overlapping windows."""
-    wanted = config.inference.window_size
-    window = wanted if wanted is not None else config.data.patch_size
+    """Planes out of overlapping windows, as bytes."""
+    window = window_of(model, config)
     shape = (max(image.shape[0], window[0]), max(image.shape[1], window[1]), max(image.shape[2], window[2]))
-    read = Reader(image, scale, next(model.parameters()).device, shape)
-    network = probability_network(model, config)
-    return blended_planes(network, read, shape, window, 1, config.inference.overlap, planes)
+    network, read = probability_network(model, config), Reader(image, scale, device_of(model), shape)
+    for first, part in blended_planes(network, read, shape, window, 1, config.inference.overlap, planes):
+        yield first, as_bytes(part, image.path)
 
 
 @torch.inference_mode()
 def rounding_cost(model: SegmentationModel, image: Volume, scale: Scale, config: Config) -> float:
     """The largest change of a probability that the working precision causes, on one patch from the middle."""
-    size = tuple(min(n, edge) for n, edge in zip(image.shape, config.data.patch_size, strict=True))
-    corner = tuple((n - edge) // 2 for n, edge in zip(image.shape, size, strict=True))
-    last = tuple(c + s for c, s in zip(corner, size, strict=True))
-    read = Reader(image, scale, next(model.parameters()).device, image.shape)
+    size = config.data.patch_size
+    corner = tuple(max(0, n - edge) // 2 for n, edge in zip(image.shape, size, strict=True))
+    first, last = (corner[0], corner[1], corner[2]), (corner[0] + size[0], corner[1] + size[1], corner[2] + size[2])
+    voxels = Reader(image, scale, device_of(model), last)((first, last))
     plain = dataclasses.replace(config, inference=dataclasses.replace(config.inference, tta="none"))
-    voxels = read(((corner[0], corner[1], corner[2]), (last[0], last[1], last[2])))
     fast = working_copy(model, config.inference.precision)
     return float((probability_network(fast, plain)(voxels) - probability_network(model, plain)(voxels)).abs().max())

@@ -1,22 +1,31 @@
-"""From predictions to figures: thresholds on the validation volumes, each test volume judged once, baselines alike."""
+"""From predictions to figures: thresholds on the validation volumes, each test volume judged once, baselines alike.
+
+Volumes are judged one at a time and whole: about 30 bytes per voxel of the largest one, and while thresholds are tried
+one set of ids for each. That is fine up to a few hundred million voxels; judge a cut-out of anything larger.
+"""
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from common.errors import config_error, data_error
 from common.files import file_digest, read_text
 from common.logbook import progress
 from common.volumes.volume import Volume
 from em_segmentation.config import Config, Evaluation
-from em_segmentation.decoding.pipeline import segment_at
+from em_segmentation.decoding.settings import Settings
 from em_segmentation.evaluation import (
     ByteHistogram,
     Bytes,
+    Curve,
+    Found,
     Ids,
     Mask,
+    Truth,
     best_mask_threshold,
     boundary_figure,
     dark_as_boundary,
@@ -24,12 +33,12 @@ from em_segmentation.evaluation import (
     instance_figures,
     interval_of_counts,
     interval_of_rand,
+    jaccard_curve,
     jaccard_of,
     mask_counts,
     otsu_threshold,
     overlap_pieces,
     rand_error,
-    shifted,
     truth_of,
 )
 from em_segmentation.inference import written_channels
@@ -38,7 +47,10 @@ from em_segmentation.prediction import (
     Source,
     decoded_channels,
     decoding_settings,
+    forget_others,
+    instances_identity,
     note_of,
+    segment_sections,
     whole,
     write_instances,
     write_prediction,
@@ -47,46 +59,62 @@ from em_segmentation.volumes import Annotated
 
 MIDDLE = 128  # of bytes: the threshold where no validation volume says better
 Figures = dict[str, float | int | str]
+Roles = dict[str, list[Annotated]]
+Predictions = dict[str, list[Volume]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """The figures of a run, and what the pictures show of the test volumes."""
+    """The figures of a run, how thresholds were chosen, and what the pictures show of the first test volume."""
 
     figures: Figures
-    masks: list[npt.NDArray[np.uint8]]  # classes found [z, y, x] per test volume; empty without a semantic target
-    instances: list[npt.NDArray[np.integer[Any]]]  # [z, y, x] per test volume; empty without decoding
+    curves: list[Curve]
+    classes: npt.NDArray[np.uint8] | None  # found, [z, y, x]; None without a semantic target
+    instances: Found | None  # found, [z, y, x]; None without decoding
 
 
 def predict_role(
     model: SegmentationModel, volumes: list[Annotated], config: Config, weights: Path, folder: Path, role: str
 ) -> list[Volume]:
     """The predictions of a role's volumes in a folder; what an earlier call of the same weights finished is kept."""
+    digest = file_digest(weights)
     found = []
     for number, volume in enumerate(volumes):
-        source = Source(volume.image, volume.scale, volume.sections, volume.voxel_size_nm, file_digest(weights))
-        found.append(write_prediction(model, source, config, folder / f"{role}_{number}_prediction.npy"))
+        source = Source(volume.image, volume.scale, volume.sections, volume.voxel_size_nm, digest)
+        path = folder / f"{role}_{number}_prediction.npy"
+        forget_others(path, source.identity(config))
+        found.append(write_prediction(model, source, config, path))
     return found
 
 
-def judge(
-    roles: dict[str, list[Annotated]],
-    predictions: dict[str, list[Volume]],
-    config: Config,
-    settings: Evaluation,
-    folder: Path,
-) -> Verdict:
-    """All figures of the test volumes; everything that is chosen is chosen on the validation volumes."""
-    figures: Figures = {"test_volumes": len(roles["test"]), "validation_volumes": len(roles["val"])}
-    masks: list[npt.NDArray[np.uint8]] = []
-    instances: list[npt.NDArray[np.integer[Any]]] = []
+def check_judged(volume: Annotated, config: Config) -> None:
+    """A config error for a volume that the network cannot read or that has not the labels to judge it by."""
+    if volume.image.num_channels != config.model.in_channels:
+        raise config_error(
+            f"{volume.image.path}: has {volume.image.num_channels} channels, the network takes {config.model.in_channels}"
+        )
+    needed = [truth_channel(config)] if config.decoding.target != "none" else []
     if "semantic" in config.targets.names:
-        more, masks = judge_semantic(roles, predictions, config, settings)
-        figures |= more
+        needed.append(config.targets.label_channels[config.targets.names.index("semantic")])
+    if volume.label is None:
+        raise config_error(f"{volume.image.path}: has no labels; expected labelled volumes to judge the weights on")
+    if max(needed, default=0) >= volume.label.num_channels:
+        raise config_error(
+            f"{volume.label.path}: has {volume.label.num_channels} channels, expected at least {max(needed) + 1} "
+            "(targets.label_channels, decoding.label_channel)"
+        )
+
+
+def judge(roles: Roles, predictions: Predictions, config: Config, settings: Evaluation, folder: Path) -> Verdict:
+    """All figures of the test volumes; everything that is chosen is chosen on the validation volumes."""
+    verdict = Verdict(
+        {"test_volumes": len(roles["test"]), "validation_volumes": len(roles["val"])}, [], None, None
+    )  # fmt: skip
+    if "semantic" in config.targets.names:
+        verdict = judge_semantic(verdict, roles, predictions, config, settings)
     if config.decoding.target != "none":
-        more, instances = judge_instances(roles, predictions, config, settings, folder)
-        figures |= more
-    return Verdict(figures, masks, instances)
+        verdict = judge_instances(verdict, roles, predictions, config, settings, folder)
+    return verdict
 
 
 def labels_of(volume: Annotated, channel: int) -> Ids:
@@ -100,165 +128,96 @@ def annotated_of(volume: Annotated) -> Mask:
     return known
 
 
+def image_of(volume: Annotated) -> npt.NDArray[np.float32]:
+    """The first channel, whole, in standard deviations."""
+    image: npt.NDArray[np.float32] = volume.read_image((0, 0, 0), volume.shape)[0]
+    return image
+
+
 def semantic_truth(volume: Annotated, config: Config) -> npt.NDArray[np.uint8]:
-    """Classes [z, y, x]: 0 or 1 for a single class, else as labelled."""
+    """Classes [z, y, x]: 0 or 1 for a single class, else as labelled; a data error for classes that there are not."""
     targets = config.targets
     labels = labels_of(volume, targets.label_channels[targets.names.index("semantic")])
-    if targets.semantic_classes > 1:
-        return labels.astype(np.uint8)
-    return (np.isin(labels, targets.semantic_only) if targets.semantic_only else labels != 0).astype(np.uint8)
+    if targets.semantic_classes == 1:
+        return (np.isin(labels, targets.semantic_only) if targets.semantic_only else labels != 0).astype(np.uint8)
+    labels = np.where(annotated_of(volume), labels, 0)
+    if labels.min() < 0 or labels.max() >= targets.semantic_classes:
+        assert volume.label is not None
+        raise data_error(
+            f"{volume.label.path}: holds the classes {labels.min()} to {labels.max()}; expected 0 to "
+            f"{targets.semantic_classes - 1} (targets.semantic_classes), or a mask over the others"
+        )
+    return labels.astype(np.uint8)
 
 
 def judge_semantic(
-    roles: dict[str, list[Annotated]], predictions: dict[str, list[Volume]], config: Config, settings: Evaluation
-) -> tuple[Figures, list[npt.NDArray[np.uint8]]]:
-    """Jaccard and Dice of each class with the interval of the first, and the classes found."""
+    verdict: Verdict, roles: Roles, predictions: Predictions, config: Config, settings: Evaluation
+) -> Verdict:
+    """Adds Jaccard index and Dice of each class, the Jaccard index with its interval."""
     channels, targets = written_channels(config.targets)["semantic"], config.targets
-    figures: Figures = {}
-    threshold = MIDDLE
+    figures, curves, threshold = dict(verdict.figures), list(verdict.curves), MIDDLE
     if targets.semantic_classes == 1 and roles["val"]:
-        threshold = mask_threshold(roles["val"], predictions["val"], config)
+        values = mask_curve(roles["val"], predictions["val"], config)
+        threshold = best_mask_threshold(values)
+        curves.append(
+            Curve(f"{targets.semantic_names[0]} Jaccard index", list(range(1, 256)), values.tolist(), threshold)
+        )
         figures["semantic_threshold"] = threshold / 255
-    found = []
-    for prediction in predictions["test"]:
+    counts: dict[str, list[npt.NDArray[np.int64]]] = {name: [] for name in targets.semantic_names}
+    classes, judged = None, 0
+    for volume, prediction in zip(roles["test"], predictions["test"], strict=True):
         values = whole(prediction)[channels]
-        found.append(
-            (values[0] >= threshold).astype(np.uint8) if len(values) == 1 else values.argmax(0).astype(np.uint8)
-        )
-    truths = [semantic_truth(volume, config) for volume in roles["test"]]
-    known = [annotated_of(volume) for volume in roles["test"]]
-    for number, name in enumerate(targets.semantic_names, 1):
-        counts = np.concatenate(
-            [mask_counts(t == number, f == number, a) for t, f, a in zip(truths, found, known, strict=True)]
-        )
-        interval = interval_of_counts(counts, settings)
-        figures |= {
-            f"{name}_jaccard": jaccard_of(counts),
-            f"{name}_jaccard_low": interval.low,
-            f"{name}_jaccard_high": interval.high,
-            f"{name}_dice": dice_of(counts),
-            f"{name}_pieces": len(counts),
-            f"chance_{name}_jaccard": float(counts[:, 1].sum() / max(1, sum(int(a.sum()) for a in known))),
-        }
+        found = (values[0] >= threshold).astype(np.uint8) if len(values) == 1 else values.argmax(0).astype(np.uint8)
+        truth, known = semantic_truth(volume, config), annotated_of(volume)
+        for number, name in enumerate(targets.semantic_names, 1):
+            counts[name].append(mask_counts(truth == number, found == number, known))
+        judged += int(known.sum())
+        classes = found if classes is None else classes
+    for name in targets.semantic_names:
+        figures |= class_figures(name, np.concatenate(counts[name]), judged, settings)
     if targets.semantic_classes == 1:
         figures |= otsu_figures(roles, config)
-    return figures, found
+    return dataclasses.replace(verdict, figures=figures, curves=curves, classes=classes)
 
 
-def mask_threshold(volumes: list[Annotated], predictions: list[Volume], config: Config) -> int:
-    """The byte from which on a voxel is foreground, best on these volumes."""
+def class_figures(name: str, counts: npt.NDArray[np.int64], judged: int, settings: Evaluation) -> Figures:
+    """The figures of one class from its counts (pieces, 3); judged: annotated voxels."""
+    interval = interval_of_counts(counts, settings)
+    return {
+        f"{name}_jaccard": jaccard_of(counts),
+        f"{name}_jaccard_low": interval.low,
+        f"{name}_jaccard_high": interval.high,
+        f"{name}_dice": dice_of(counts),
+        f"{name}_pieces": len(counts),
+        f"chance_{name}_jaccard": float(counts[:, 1].sum() / max(1, judged)),
+    }
+
+
+def mask_curve(volumes: list[Annotated], predictions: list[Volume], config: Config) -> npt.NDArray[np.float64]:
+    """The Jaccard index of all volumes together at each threshold 1 .. 255."""
     channel = written_channels(config.targets)["semantic"].start
     histogram = ByteHistogram(np.zeros(256, np.int64), np.zeros(256, np.int64))
     for volume, prediction in zip(volumes, predictions, strict=True):
-        values: Bytes = whole(prediction)[channel].astype(np.uint8)
+        values = whole(prediction)[channel]
         histogram = histogram + ByteHistogram.of(values, semantic_truth(volume, config) == 1, annotated_of(volume))
-    return best_mask_threshold(histogram)[0]
+    return jaccard_curve(histogram)
 
 
-def otsu_figures(roles: dict[str, list[Annotated]], config: Config) -> Figures:
+def otsu_figures(roles: Roles, config: Config) -> Figures:
     """Otsu's threshold of each raw image; dark or bright is chosen on validation (dark where there is none)."""
     name = config.targets.semantic_names[0]
 
     def jaccard(volumes: list[Annotated], dark: bool) -> float:
         counts = []
         for volume in volumes:
-            image = volume.read_image((0, 0, 0), volume.shape)[0]
+            image = image_of(volume)
             below = image < otsu_threshold(image)
             counts.append(mask_counts(semantic_truth(volume, config) == 1, below == dark, annotated_of(volume)))
         return jaccard_of(np.concatenate(counts))
 
-    dark = jaccard(roles["val"], True) >= jaccard(roles["val"], False) if roles["val"] else True
+    dark = not roles["val"] or jaccard(roles["val"], True) >= jaccard(roles["val"], False)
     words = f"Otsu threshold of the raw image, {'dark' if dark else 'bright'} side"
-    return {f"baseline_{name}_jaccard": jaccard(roles["test"], bool(dark)), "baseline_semantic": words}
-
-
-def instance_truth(volume: Annotated, config: Config, settings: Evaluation) -> Ids:
-    """True instances [z, y, x] that are judged."""
-    return truth_of(labels_of(volume, truth_channel(config)), annotated_of(volume), settings)
-
-
-def judge_instances(
-    roles: dict[str, list[Annotated]],
-    predictions: dict[str, list[Volume]],
-    config: Config,
-    settings: Evaluation,
-    folder: Path,
-) -> tuple[Figures, list[npt.NDArray[np.integer[Any]]]]:
-    """Figures of instances at the threshold that validation chose, the raw image's watershed beside, and the instances."""
-    threshold = config.decoding.threshold
-    if roles["val"]:
-        threshold = instance_threshold(
-            [whole(decoded_channels(p, config)).astype(np.uint8) for p in predictions["val"]],
-            roles["val"],
-            config,
-            settings,
-        )
-    found, tables, boundaries = [], [], []
-    for number, (volume, prediction) in enumerate(zip(roles["test"], predictions["test"], strict=True)):
-        path = folder / f"test_{number}_instances.npy"
-        identity = read_text(note_of(folder / f"test_{number}_prediction.npy"))
-        written = write_instances(prediction, config, threshold, volume.voxel_size_nm, identity, path)
-        labels = whole(written)[0].astype(np.int64)
-        truth = instance_truth(volume, config, settings)
-        found.append(labels)
-        tables.append(overlap_pieces(truth, labels))
-        boundaries.append(boundary_figure(truth, labels, volume.voxel_size_nm, settings))
-    together = shifted(tables)
-    interval = interval_of_rand(together, settings)
-    figures: Figures = {"instance_threshold": threshold / 255}
-    figures |= instance_figures(together, settings)
-    figures |= {
-        "adapted_rand_error_low": interval.low,
-        "adapted_rand_error_high": interval.high,
-        "instance_pieces": len(together),
-        "boundary_f1": float(np.mean(boundaries)),
-    }
-    return figures | raw_watershed_figures(roles, config, settings), [*found]
-
-
-def instance_threshold(volumes: list[Bytes], annotated: list[Annotated], config: Config, settings: Evaluation) -> int:
-    """Of decoding.thresholds the one of least adapted Rand error over some volumes; of equals the highest."""
-    thresholds = config.decoding.thresholds
-    plain = decoding_settings(config.decoding, config.targets, thresholds[0])
-    found = [
-        segment_at(volume, plain, thresholds) for volume in progress(volumes, "decoding validation", len(volumes), True)
-    ]
-    truths = [instance_truth(volume, config, settings) for volume in annotated]
-    errors = [
-        rand_error(shifted([overlap_pieces(truth, labels[k]) for truth, labels in zip(truths, found, strict=True)]))
-        for k in range(len(thresholds))
-    ]
-    return thresholds[int(np.argmin(errors))]
-
-
-def raw_watershed_figures(roles: dict[str, list[Annotated]], config: Config, settings: Evaluation) -> Figures:
-    """The same decoding of the raw image, dark taken for boundary, its threshold chosen as ours is."""
-    decoding = dataclasses.replace(
-        config.decoding, target="boundary", method="watershed", height="boundary", foreground=0
-    )
-    plain = dataclasses.replace(config, decoding=decoding)
-
-    def boundary(volume: Annotated) -> Bytes:
-        return dark_as_boundary(volume.read_image((0, 0, 0), volume.shape)[0])
-
-    channel = truth_channel(config)
-    plain = dataclasses.replace(plain, decoding=dataclasses.replace(decoding, label_channel=channel))
-    threshold = MIDDLE
-    if roles["val"]:
-        threshold = instance_threshold([boundary(volume) for volume in roles["val"]], roles["val"], plain, settings)
-    tables = []
-    for volume in roles["test"]:
-        labels = segment_at(
-            boundary(volume), decoding_settings(plain.decoding, plain.targets, threshold), (threshold,)
-        )[0]
-        tables.append(overlap_pieces(instance_truth(volume, plain, settings), labels))
-    figures = instance_figures(shifted(tables), settings)
-    return {
-        "baseline_adapted_rand_error": figures["adapted_rand_error"],
-        "baseline_voi_split": figures["voi_split"],
-        "baseline_voi_merge": figures["voi_merge"],
-        "baseline_instances": f"watershed of the raw image, threshold {threshold}",
-    }
+    return {f"baseline_{name}_jaccard": jaccard(roles["test"], dark), "baseline_semantic": words}
 
 
 def truth_channel(config: Config) -> int:
@@ -266,4 +225,81 @@ def truth_channel(config: Config) -> int:
     targets, decoding = config.targets, config.decoding
     if decoding.label_channel is not None:
         return decoding.label_channel
-    return targets.label_channels[[str(name) for name in targets.names].index(decoding.target)]
+    target = "semantic" if decoding.target == "membrane" else decoding.target
+    return targets.label_channels[[str(name) for name in targets.names].index(target)]
+
+
+def instance_truth(volume: Annotated, config: Config, settings: Evaluation) -> Truth:
+    """True instances [z, y, x], and where they are judged."""
+    ids = labels_of(volume, truth_channel(config))
+    if config.decoding.by_section:
+        ids = np.unique(ids, return_inverse=True)[1].reshape(ids.shape) + (0 if (ids == 0).any() else 1)
+        first = np.arange(len(ids))[:, None, None] * (ids.max() + 1)
+        ids = np.where(ids > 0, ids + first, 0)
+    return truth_of(ids, annotated_of(volume), settings)
+
+
+def judge_instances(
+    verdict: Verdict, roles: Roles, predictions: Predictions, config: Config, settings: Evaluation, folder: Path
+) -> Verdict:
+    """Adds figures of instances at the threshold that validation chose, and the raw image's watershed beside."""
+    threshold, curves, instances = config.decoding.threshold, list(verdict.curves), None
+    if roles["val"]:
+        values = (whole(decoded_channels(prediction, config)) for prediction in predictions["val"])
+        decoder = decoding_settings(config.decoding, config.targets, threshold)
+        curves.append(rand_curve(values, roles["val"], decoder, config, settings))
+        threshold = curves[-1].chosen
+    tables, boundaries = [], []
+    for number, (volume, prediction) in enumerate(zip(roles["test"], predictions["test"], strict=True)):
+        path, made_from = folder / f"test_{number}_instances.npy", read_text(note_of(prediction.path))
+        forget_others(path, instances_identity(config, threshold, made_from))
+        found = whole(write_instances(prediction, config, threshold, volume.voxel_size_nm, made_from, path))[0]
+        truth = instance_truth(volume, config, settings)
+        tables.append(overlap_pieces(truth, found))
+        boundaries.append(boundary_figure(truth, found, volume.voxel_size_nm, settings))
+        instances = found if instances is None else instances
+    interval = interval_of_rand(tables, settings)
+    figures = verdict.figures | {
+        "instance_threshold": threshold / 255,
+        **instance_figures(tables, settings),
+        "adapted_rand_error_low": interval.low,
+        "adapted_rand_error_high": interval.high,
+        "instance_pieces": sum(map(len, tables)),
+        "boundary_f1": float(np.mean(boundaries)),
+        **raw_watershed_figures(roles, config, settings),
+    }
+    return dataclasses.replace(verdict, figures=figures, curves=curves, instances=instances)
+
+
+def rand_curve(
+    volumes: Iterable[Bytes], annotated: list[Annotated], decoder: Settings, config: Config, settings: Evaluation
+) -> Curve:
+    """Adapted Rand error of all volumes together at each of decoding.thresholds; the least is chosen, of equals the first."""
+    thresholds = config.decoding.thresholds
+    tables: list[list[Any]] = [[] for _ in thresholds]  # per threshold and volume, the pieces' overlaps
+    for values, volume in zip(progress(volumes, "trying thresholds", len(annotated), True), annotated, strict=True):
+        truth = instance_truth(volume, config, settings)
+        for own, labels in zip(tables, segment_sections(values, decoder, thresholds, config.decoding), strict=True):
+            own.append(overlap_pieces(truth, labels))
+    errors = [rand_error(own) for own in tables]
+    return Curve("adapted Rand error", list(thresholds), errors, thresholds[int(np.argmin(errors))])
+
+
+def raw_watershed_figures(roles: Roles, config: Config, settings: Evaluation) -> Figures:
+    """The same decoding of the raw image, dark taken for boundary, its threshold chosen as ours is."""
+    plain = dataclasses.replace(config.decoding, target="boundary", method="watershed", height="boundary", foreground=0)
+    decoder, threshold = decoding_settings(plain, config.targets, MIDDLE), MIDDLE
+    if roles["val"]:
+        values = (dark_as_boundary(image_of(volume)) for volume in roles["val"])
+        threshold = rand_curve(values, roles["val"], decoder, config, settings).chosen
+    tables = []
+    for volume in roles["test"]:
+        labels = segment_sections(dark_as_boundary(image_of(volume)), decoder, (threshold,), config.decoding)[0]
+        tables.append(overlap_pieces(instance_truth(volume, config, settings), labels))
+    figures = instance_figures(tables, settings)
+    return {
+        "baseline_adapted_rand_error": figures["adapted_rand_error"],
+        "baseline_voi_split": figures["voi_split"],
+        "baseline_voi_merge": figures["voi_merge"],
+        "baseline_instances": f"watershed of the raw image, threshold {threshold}",
+    }

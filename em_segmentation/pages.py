@@ -2,17 +2,14 @@
 
 from pathlib import Path
 
-import numpy as np
-
 from common.config import as_yaml
-from common.errors import data_error
 from common.files import read_text
 from common.logbook import read_metrics
 from common.report import Section, write_report
-from common.volumes.volume import Volume
 from em_segmentation.config import Config, Evaluation
-from em_segmentation.figures import Shown, draw_errors, draw_learning_curve, draw_overlay
-from em_segmentation.judging import Figures, Verdict, instance_truth, semantic_truth
+from em_segmentation.figures import draw_learning_curve, draw_thresholds
+from em_segmentation.judging import Figures, Verdict, image_of, instance_truth, semantic_truth
+from em_segmentation.overlays import Shown, draw_errors, draw_overlay
 from em_segmentation.volumes import Annotated
 
 
@@ -47,34 +44,30 @@ def interval(figures: Figures, name: str, config: Config) -> str:
     return f"{config.evaluation.confidence:.0%} interval {figures[f'{name}_low']:.3f} to {figures[f'{name}_high']:.3f}"
 
 
-def write_pages(
-    verdict: Verdict,
-    volumes: list[Annotated],
-    predictions: list[Volume],
-    config: Config,
-    settings: Evaluation,
-    folder: Path,
-) -> None:
-    """Overlay, error map and learning curve of a run, and its report.html."""
+def write_pages(verdict: Verdict, volumes: list[Annotated], config: Config, settings: Evaluation, folder: Path) -> None:
+    """Pictures of a run's test volumes, and its report.html."""
     pictures = folder / "figures"
     sections = [figures_section(verdict.figures, config)]
-    if volumes:
-        shown = shown_of(verdict, volumes[0], predictions[0], config, settings)
+    shown = shown_of(verdict, volumes[0], config, settings)
+    if shown.found_classes is not None or shown.found_ids is not None:
         draw_overlay(shown, pictures / "overlay.png")
-        sections.append(
-            Section("First test volume: image, truth, found, in three planes", "", [], pictures / "overlay.png", "")
+        text = "A found object has the colour of the true one that it shares most voxels with; grey ones share none."
+        title = "First test volume: image, truth, found, in three planes"
+        sections.append(Section(title, text if shown.found_ids is not None else "", [], pictures / "overlay.png", ""))
+    if shown.found_ids is not None:
+        draw_errors(shown, pictures / "errors.png")
+        text = (
+            "Merged: the found object here belongs mainly to another true one. Cut off: the true object here was found "
+            "mainly as another one, or not at all. Black lines part the true objects; shares are of their voxels."
         )
-        if shown.found_ids is not None:
-            draw_errors(shown, pictures / "errors.png")
-            text = (
-                "Red: one found object joins several true ones here (merge). Blue: a true object is cut here (split)."
-            )
-            sections.append(Section("Splits and merges", text, [], pictures / "errors.png", ""))
+        sections.append(Section("Splits and merges", text, [], pictures / "errors.png", ""))
+    if verdict.curves:
+        draw_thresholds(verdict.curves, pictures / "thresholds.png")
+        sections.append(Section("How thresholds were chosen", "", [], pictures / "thresholds.png", ""))
     if (folder / "metrics.csv").exists():
-        draw_learning_curve(
-            read_metrics(folder / "metrics.csv", ("step", "train_loss")), pictures / "learning_curve.png"
-        )
-        sections.append(Section("Learning curve", "", [], pictures / "learning_curve.png", ""))
+        curve = pictures / "learning_curve.png"
+        draw_learning_curve(read_metrics(folder / "metrics.csv", ("step", "train_loss")), curve)
+        sections.append(Section("Learning curve", "", [], curve, ""))
     sections.append(Section("Config", "", [], None, as_yaml(config)))
     if (folder / "environment.json").exists():
         sections.append(Section("Environment", "", [], None, read_text(folder / "environment.json")))
@@ -99,17 +92,14 @@ def figures_section(figures: Figures, config: Config) -> Section:
     return Section("Figures on the test volumes", text, rows, None, "")
 
 
-def shown_of(verdict: Verdict, volume: Annotated, prediction: Volume, config: Config, settings: Evaluation) -> Shown:
+def shown_of(verdict: Verdict, volume: Annotated, config: Config, settings: Evaluation) -> Shown:
     """The first test volume for the pictures."""
-    image = volume.read_image((0, 0, 0), volume.shape)[0]
-    if not np.isfinite(image).all():
-        raise data_error(f"{volume.image.path}: holds NaN or infinite voxels; export it again")
-    semantic, instances = bool(verdict.masks), bool(verdict.instances)
     return Shown(
-        image,
+        image_of(volume),
         volume.voxel_size_nm,
-        semantic_truth(volume, config) if semantic else None,
-        verdict.masks[0] if semantic else None,
-        instance_truth(volume, config, settings) if instances else None,
-        verdict.instances[0] if instances else None,
+        config.targets.semantic_names,
+        semantic_truth(volume, config) if verdict.classes is not None else None,
+        verdict.classes,
+        instance_truth(volume, config, settings).ids if verdict.instances is not None else None,
+        verdict.instances,
     )

@@ -38,9 +38,9 @@ def resolve(config: Config) -> Config:
 
 def training_identity(config: Config) -> str:
     """YAML of the sections that shape the weights: what a run's folder and its checkpoints must agree on."""
-    # these change no bit
-    data = dataclasses.replace(config.data, num_workers=0, persistent_workers=True, use_cache=False)
-    data = dataclasses.replace(data, voxel_size_nm=None)  # given or read from the files: the volumes' digest knows it
+    # these change no bit; voxel sizes, given or read from the files, are known to the volumes' digest
+    data = dataclasses.replace(config.data, num_workers=0, persistent_workers=True, use_cache=False, voxel_size_nm=None)
+    data = dataclasses.replace(data, test_image=(), test_label=(), test_mask=(), test_sections=None)
     same = dataclasses.replace(
         config,
         data=data,

@@ -21,14 +21,14 @@ if __name__ == "__main__":
 
 import argparse
 import dataclasses
-import os
 from contextlib import ExitStack
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 from common.command import change_parser
-from common.config import configure
+from common.config import as_yaml, configure
 from common.errors import config_error, run_script
 from common.files import file_digest
 from common.lock import exclusive
@@ -36,43 +36,59 @@ from common.memory import keep_freed_memory
 from common.parallel import all_ranks_do, first_rank_does, process_group
 from common.volumes.finishing import check_target
 from common.volumes.opening import open_volume
-from common.volumes.streaming import discard_streamed
+from common.volumes.streaming import partial_folder
 from common.volumes.volume import Volume
 from em_segmentation.config import BASE, Config
 from em_segmentation.inference import load_model, rounding_cost, working_copy, written_channels
 from em_segmentation.model_defs.registry import SegmentationModel
 from em_segmentation.places import training_identity
-from em_segmentation.prediction import Source, VoxelSize, note_of, write_instances, write_prediction
+from em_segmentation.prediction import (
+    Source,
+    VoxelSize,
+    discard,
+    instances_identity,
+    is_finished,
+    note_of,
+    write_instances,
+    write_prediction,
+)
+from em_segmentation.train import use_processor
 from em_segmentation.volumes import measure_scale
 
 
 def checked_config(trained: Config, flags: argparse.Namespace) -> Config:
     """The config of the weights with the command line's changes, which must not touch what shaped them."""
     free = dataclasses.replace(trained.data, image_axes="auto", voxel_size_nm=None)
-    config = configure(dataclasses.replace(trained, data=free), flags.config, flags.changes)
-    same = dataclasses.replace(
-        config,
-        data=dataclasses.replace(
-            config.data, image_axes=trained.data.image_axes, voxel_size_nm=trained.data.voxel_size_nm
-        ),
-    )
-    if training_identity(same) != training_identity(trained):
+    machine = dataclasses.replace(trained.system, num_gpus=1, num_cpus=0)  # another one than that of the training
+    config = configure(dataclasses.replace(trained, data=free, system=machine), flags.config, flags.changes)
+    known = dataclasses.replace(config.data, image_axes=trained.data.image_axes)
+    if training_identity(dataclasses.replace(config, data=known)) != training_identity(trained):
         raise config_error(
-            "section.name=value: after training only inference, decoding, data.image_axes and data.voxel_size_nm can change"
+            "section.name=value: after training only inference, decoding, system.num_cpus, system.num_gpus, "
+            "data.image_axes and data.voxel_size_nm can change"
         )
+    return config
+
+
+def check_call(flags: argparse.Namespace, config: Config) -> None:
+    """A config error for flags that make no sense together."""
+    if flags.input is None or (flags.output is None and flags.instances is None):
+        raise config_error("--input and at least one of --output and --instances are needed; --help lists the flags")
+    if flags.output is not None and flags.instances is not None and flags.output.resolve() == flags.instances.resolve():
+        raise config_error(f"--output, --instances: both are {flags.output}; expected two names")
     if flags.instances is not None and config.decoding.target == "none":
         raise config_error(
             "--instances: decoding.target is none; expected one of targets.names, for example decoding.target=affinity"
         )
-    return config
 
 
 def input_voxel_size(image: Volume, config: Config, trained: Config) -> VoxelSize:
     """As given, as the file says, or else as in training."""
     for size in (config.data.voxel_size_nm, image.voxel_size_nm, trained.data.voxel_size_nm):
         if size is not None:
-            if size != trained.data.voxel_size_nm and dist.get_rank() == 0:
-                print(f"warning: voxels of {list(size)} nm; the network was trained on {trained.data.voxel_size_nm} nm")
+            learnt = trained.data.voxel_size_nm
+            if learnt is not None and not np.allclose(size, learnt, rtol=1e-3) and dist.get_rank() == 0:
+                print(f"warning: voxels of {list(size)} nm; the network was trained on {list(learnt)} nm")
             return size
     raise config_error("data.voxel_size_nm: neither the file nor the checkpoint says it; give [z, y, x] in nm")
 
@@ -87,7 +103,8 @@ def check_outputs(flags: argparse.Namespace, image: Volume, config: Config) -> N
         num_channels = max(part.stop for part in written_channels(config.targets).values())
         check_target(flags.output, num_channels, np.dtype(np.uint8))
     if flags.instances is not None:
-        check_target(flags.instances, 1, np.dtype(np.uint32))
+        kind = np.uint32 if flags.instances.suffix else np.uint16  # what slices of PNG can hold
+        check_target(flags.instances, 1, np.dtype(kind))
 
 
 def probabilities_path(flags: argparse.Namespace) -> Path:
@@ -97,46 +114,68 @@ def probabilities_path(flags: argparse.Namespace) -> Path:
     return Path(flags.instances).with_name(f".{Path(flags.instances).name}.probabilities.npy")
 
 
-def predict(flags: argparse.Namespace) -> None:
+def predict(flags: argparse.Namespace, model: SegmentationModel, trained: Config, config: Config) -> None:
     """Everything between the command line and the files, on every process of the group."""
     path = probabilities_path(flags)
-    with process_group(True) as device, ExitStack() as held:
-        first_rank_does(lambda: held.enter_context(exclusive(path)))
-        model, trained = all_ranks_do(lambda: load_model(flags.checkpoint, device))
-        config = all_ranks_do(lambda: checked_config(trained, flags))
-        image = all_ranks_do(lambda: open_volume(flags.input, config.data.image_axes))
-        first_rank_does(lambda: check_outputs(flags, image, config))
-        sections = (0, image.shape[0])
-        voxel_size = all_ranks_do(lambda: input_voxel_size(image, config, trained))
-        scale = all_ranks_do(lambda: measure_scale(image, sections))
-        source = Source(image, scale, sections, voxel_size, file_digest(flags.checkpoint))
-        first_rank_does(lambda: tell(model, source, config))
-        if flags.fresh:
-            first_rank_does(lambda: start_over(flags, path))
-        network = working_copy(model, config.inference.precision)
-        found = write_prediction(network, source, config, path)
-        if flags.instances is not None:
-            first_rank_does(lambda: decode(found, source, config, flags.instances))
-        if flags.output is None:
-            first_rank_does(lambda: remove_output(path))
+    with ExitStack() as held:
+        with process_group(True) as device:
+            first_rank_does(lambda: hold(held, flags, path))
+            model = model.to(device)
+            image = all_ranks_do(lambda: open_volume(flags.input, config.data.image_axes))
+            first_rank_does(lambda: check_outputs(flags, image, config))
+            source = all_ranks_do(lambda: source_of(image, flags, config, trained))
+            learnt = dataclasses.replace(config.data, voxel_size_nm=trained.data.voxel_size_nm)  # shapes the network
+            config = dataclasses.replace(config, data=learnt)
+            if flags.fresh:
+                first_rank_does(lambda: start_over(flags, path))
+            is_done = all_ranks_do(lambda: has_instances(flags, source, config))
+            if not is_done:
+                first_rank_does(lambda: tell(model, source, config))
+                write_prediction(working_copy(model, config.inference.precision), source, config, path)
+            is_first = dist.get_rank() == 0
+        if is_first:  # the others, if any, are gone: a group would not wait for hours
+            finish_files(flags, source, config, path)
 
 
-def decode(found: Volume, source: Source, config: Config, path: Path) -> None:
-    """Instances of a prediction."""
-    write_instances(found, config, config.decoding.threshold, source.voxel_size_nm, source.identity(config), path)
+def hold(held: ExitStack, flags: argparse.Namespace, path: Path) -> None:
+    """Lock the outputs until the stack is closed."""
+    for target in (path, flags.instances):
+        if target is not None:
+            held.enter_context(exclusive(partial_folder(target)))
 
 
-def remove_output(path: Path) -> None:
-    """Take away a prediction that only instances were made of."""
-    path.unlink()
-    note_of(path).unlink()
+def source_of(image: Volume, flags: argparse.Namespace, config: Config, trained: Config) -> Source:
+    """What is predicted, with its grey scale and voxel size."""
+    sections = (0, image.shape[0])
+    voxel_size = input_voxel_size(image, config, trained)
+    return Source(image, measure_scale(image, sections), sections, voxel_size, file_digest(flags.checkpoint))
+
+
+def has_instances(flags: argparse.Namespace, source: Source, config: Config) -> bool:
+    """Whether instances are all that is wanted, and there; a config error where --instances is another's file."""
+    if flags.instances is None:
+        return False
+    identity = instances_identity(config, config.decoding.threshold, source.identity(config))
+    return is_finished(flags.instances, identity) and flags.output is None
+
+
+def finish_files(flags: argparse.Namespace, source: Source, config: Config, path: Path) -> None:
+    """Instances, where they are wanted; a prediction that only they were made of is taken away."""
+    made_from = source.identity(config)
+    if flags.instances is not None and not has_instances(flags, source, config):
+        found, threshold = open_volume(path, "auto"), config.decoding.threshold
+        write_instances(found, config, threshold, source.voxel_size_nm, made_from, flags.instances)
+    if flags.output is None:
+        path.unlink(missing_ok=True)
+        note_of(path).unlink(missing_ok=True)
+    print(*(target for target in (flags.output, flags.instances) if target is not None), sep="\n")
 
 
 def start_over(flags: argparse.Namespace, path: Path) -> None:
     """Drop what unfinished calls left."""
     for target in (path, flags.instances):
         if target is not None:
-            discard_streamed(target)
+            discard(target)
 
 
 def tell(model: SegmentationModel, source: Source, config: Config) -> None:
@@ -153,18 +192,20 @@ def tell(model: SegmentationModel, source: Source, config: Config) -> None:
 def main(arguments: list[str]) -> int:
     parser = change_parser(__doc__ or "", "a checkpoint (those of the preset base are shown)", BASE)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE.pt", help="best.pt of a run")
-    parser.add_argument("--input", required=True, metavar="VOLUME", help="file, file.h5:key, file.zarr:key or folder")
+    parser.add_argument("--input", metavar="VOLUME", help="file, file.h5:key, file.zarr:key or folder")
     parser.add_argument("--output", type=Path, metavar="FILE", help="probabilities, uint8")
     parser.add_argument("--instances", type=Path, metavar="FILE", help="instances as decoding.target says")
     parser.add_argument("--fresh", action="store_true", help="drop what an unfinished call of other settings left")
     flags = parser.parse_intermixed_args(arguments)
-    outputs = [path for path in (flags.output, flags.instances) if path is not None]
-    if not outputs:
-        raise config_error("--output, --instances: expected at least one of them")
+    model, trained = load_model(flags.checkpoint, torch.device("cpu"))
+    config = checked_config(trained, flags)
+    if flags.print_config:
+        print(as_yaml(config), end="")
+        return 0
+    check_call(flags, config)
+    use_processor(config)
     keep_freed_memory()
-    predict(flags)
-    if "RANK" not in os.environ or os.environ["RANK"] == "0":
-        print(*outputs, sep="\n")
+    predict(flags, model, trained, config)
     return 0
 
 

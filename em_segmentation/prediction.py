@@ -1,12 +1,15 @@
 """Files of a prediction: probabilities streamed plane range by plane range, instances decoded from them.
 
-Both can be killed and continued, and several processes share the work.
+Both can be killed and continued; several processes share the planes of the probabilities.
 """
 
 import dataclasses
 import hashlib
+import itertools
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,18 +17,29 @@ import torch.distributed as dist
 
 from common.config import as_yaml
 from common.errors import config_error
-from common.files import read_text, write_text
+from common.files import parsing, read_text, write_text
 from common.logbook import progress
 from common.parallel import all_ranks_do, first_rank_does
+from common.volumes.finishing import check_target
 from common.volumes.opening import open_volume
-from common.volumes.streaming import PlaneRange, StreamedVolume, open_streamed
+from common.volumes.streaming import (
+    ABOUT,
+    DATA,
+    PlaneRange,
+    StreamedVolume,
+    closing_folder,
+    discard_streamed,
+    open_streamed,
+    partial_folder,
+)
 from common.volumes.volume import Volume
 from em_segmentation.config import Config, Decoding, Targets
 from em_segmentation.decoding.blocks import decode_blocks, write_decoded
+from em_segmentation.decoding.cleaning import smallest_dtype
 from em_segmentation.decoding.executors import open_executor
 from em_segmentation.decoding.pipeline import segment_at
 from em_segmentation.decoding.settings import Settings
-from em_segmentation.inference import predicted_planes, written_channels
+from em_segmentation.inference import predicted_planes, row_starts, written_channels
 from em_segmentation.model_defs.registry import SegmentationModel
 from em_segmentation.volumes import Scale
 
@@ -49,8 +63,9 @@ class Source:
         return self.sections[1] - self.sections[0], self.image.shape[1], self.image.shape[2]
 
     def identity(self, config: Config) -> str:
-        """Changes with all that the predicted bytes depend on."""
-        facts = [str(self.image.path), self.scale, self.sections, self.weights, as_yaml(config.inference)]
+        """Changes with all that the predicted file depends on."""
+        image = dataclasses.replace(self.image, path=self.image.path.resolve())  # with its axes and its key in the file
+        facts = [image, self.scale, self.sections, self.voxel_size_nm, self.weights, as_yaml(config.inference)]
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
@@ -65,10 +80,16 @@ def write_prediction(model: SegmentationModel, source: Source, config: Config, p
     if not all_ranks_do(lambda: is_finished(path, identity)):
         shape = (channels, *source.shape)
         streamed = all_ranks_do(lambda: open_streamed(path, shape, np.dtype(np.uint8), identity))
-        all_ranks_do(lambda: write_own_planes(model, source, config, streamed))
-        first_rank_does(lambda: streamed.finish(source.voxel_size_nm))
-        first_rank_does(lambda: write_text(note_of(path), identity))
-    return open_volume(path, "czyx" if channels > 1 else "zyx")
+        missing = all_ranks_do(streamed.missing_ranges)  # every rank has looked before one begins to write
+        all_ranks_do(lambda: write_own_planes(model, source, config, streamed, missing))
+        first_rank_does(lambda: finish(streamed, source.voxel_size_nm))
+    return open_volume(path, "auto")  # some formats have an order of their own
+
+
+def finish(streamed: StreamedVolume, voxel_size_nm: VoxelSize) -> None:
+    """Make the target and say what it was made from; the note comes first, so that a kill between them loses nothing."""
+    write_text(note_of(streamed.path), streamed.identity)
+    streamed.finish(voxel_size_nm)
 
 
 def note_of(path: Path) -> Path:
@@ -83,32 +104,62 @@ def is_finished(path: Path, identity: str) -> bool:
     note = note_of(path)
     if not note.exists():
         raise config_error(f"{path}: exists and was not made by this program; remove it, or name another output")
-    return read_text(note) == identity
+    return read_text(note) == identity and unfinished_identity(path) != identity
 
 
-def write_own_planes(model: SegmentationModel, source: Source, config: Config, streamed: StreamedVolume) -> None:
+def unfinished_identity(path: Path) -> str | None:
+    """What the unfinished output of a target is made from; None where there is none."""
+    for folder in (partial_folder(path), closing_folder(path)):
+        if (folder / DATA).exists():
+            with parsing(folder / ABOUT, "remove this folder"):
+                return str(json.loads(read_text(folder / ABOUT))["identity"])
+    return None
+
+
+def forget_others(path: Path, identity: str) -> None:
+    """Remove the unfinished output of a target that is made from something else."""
+    if unfinished_identity(path) not in (None, identity):
+        discard(path)
+
+
+def discard(path: Path) -> None:
+    """Remove all that is unfinished of a target."""
+    discard_streamed(path)
+    if scratch_of(path).exists():
+        shutil.rmtree(scratch_of(path))
+
+
+def write_own_planes(
+    model: SegmentationModel, source: Source, config: Config, streamed: StreamedVolume, missing: list[PlaneRange]
+) -> None:
     """This rank's share of what is missing."""
-    first, last = share_of(streamed.missing_ranges(), dist.get_rank(), dist.get_world_size())
-    bar = progress(range(last - first), f"predicting {source.image.path.name}", last - first, dist.get_rank() == 0)
-    for begin, end in streamed.missing_ranges():
-        begin, end = max(begin, first), min(end, last)
-        if begin >= end:
-            continue
-        planes = (begin + source.sections[0], end + source.sections[0])
-        for plane, found in predicted_planes(model, source.image, source.scale, config, planes):
-            streamed.write(plane - source.sections[0], found)
+    first = source.sections[0]
+    starts = [start - first for start in row_starts(model, source.image.shape, config)]
+    own = share_of(missing, starts, dist.get_rank(), dist.get_world_size())
+    total = sum(end - begin for begin, end in own)
+    bar = progress(range(total), f"predicting {source.image.path.name}", total, dist.get_rank() == 0)
+    for begin, end in own:
+        for plane, found in predicted_planes(model, source.image, source.scale, config, (begin + first, end + first)):
+            streamed.write(plane - first, found)
             bar.update(found.shape[1])
     bar.close()
 
 
-def share_of(missing: list[PlaneRange], rank: int, num_ranks: int) -> PlaneRange:
-    """One rank's range of planes: the missing ones are parted evenly, in order."""
-    if not missing:
-        return 0, 0
-    planes = np.concatenate([np.arange(first, last) for first, last in missing])
-    ends = np.linspace(0, len(planes), num_ranks + 1).round().astype(int)
-    mine = planes[ends[rank] : ends[rank + 1]]
-    return (int(mine[0]), int(mine[-1]) + 1) if len(mine) else (0, 0)
+def share_of(missing: list[PlaneRange], starts: list[int], rank: int, num_ranks: int) -> list[PlaneRange]:
+    """One rank's ranges of the missing planes, ascending: parted where rows of tiles start, so that no row is two ranks'."""
+    pieces = [
+        piece
+        for first, last in missing
+        for piece in itertools.pairwise([first, *(start for start in starts if first < start < last), last])
+    ]
+    ends = np.linspace(0, len(pieces), num_ranks + 1).round().astype(int)
+    own: list[PlaneRange] = []
+    for first, last in pieces[ends[rank] : ends[rank + 1]]:
+        if own and own[-1][1] == first:
+            own[-1] = own[-1][0], last
+        else:
+            own.append((first, last))
+    return own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,9 +184,10 @@ class Channels:
 
 
 def decoded_channels(prediction: Volume, config: Config) -> Channels:
-    """What instances are made of."""
+    """What instances are made of, as the decoder reads it: affinities, or a map that is 255 on boundaries."""
     target = config.decoding.target
-    return Channels(prediction, written_channels(config.targets)[target], target == "semantic")
+    name = "semantic" if target == "membrane" else target
+    return Channels(prediction, written_channels(config.targets)[name], target == "semantic")
 
 
 def decoding_settings(decoding: Decoding, targets: Targets, threshold: int) -> Settings:
@@ -171,29 +223,57 @@ class BoxWriter:
         self.streamed.write_box(corner, labels.astype(self.streamed.dtype))
 
 
+def instances_identity(config: Config, threshold: int, made_from: str) -> str:
+    """Changes with all that instances depend on; made_from: the prediction's identity."""
+    settings = decoding_settings(config.decoding, config.targets, threshold)
+    facts = f"{made_from} {settings} {config.decoding.by_section}"
+    return hashlib.sha256(facts.encode()).hexdigest()[:16]
+
+
 def write_instances(
     prediction: Volume, config: Config, threshold: int, voxel_size_nm: VoxelSize, made_from: str, path: Path
 ) -> Volume:
     """Instances [z, y, x] of a prediction at a path, ids from 1, block by block where it is larger than one block.
 
-    made_from: the prediction's identity; what is finished is kept.
+    made_from: the prediction's identity; what is finished is kept. Sections decoded by themselves are all in memory.
     """
-    settings = decoding_settings(config.decoding, config.targets, threshold)
-    identity = hashlib.sha256(f"{made_from} {settings}".encode()).hexdigest()[:16]
+    identity = instances_identity(config, threshold, made_from)
     if not is_finished(path, identity):
+        settings = decoding_settings(config.decoding, config.targets, threshold)
         channels = decoded_channels(prediction, config)
-        if np.prod(prediction.shape) <= np.prod(config.decoding.block_size):
-            streamed = decode_whole(channels, settings, identity, path)
+        if config.decoding.by_section or np.prod(prediction.shape) <= np.prod(config.decoding.block_size):
+            streamed = decode_whole(channels, settings, config.decoding, identity, path)
         else:
             streamed = decode_by_blocks(channels, settings, config.decoding, identity, path)
-        streamed.finish(voxel_size_nm)
-        write_text(note_of(path), identity)
+        finish(streamed, voxel_size_nm)
         shutil.rmtree(scratch_of(path), ignore_errors=True)
-    return open_volume(path, "zyx")
+    return open_volume(path, "auto")
 
 
-def decode_whole(channels: Channels, settings: Settings, identity: str, path: Path) -> StreamedVolume:
-    labels = segment_at(channels.read_channels((0, 0, 0), channels.shape), settings, (settings.threshold,))[0]
+def segment_sections(
+    volume: Bytes, settings: Settings, thresholds: tuple[int, ...], decoding: Decoding
+) -> list[npt.NDArray[np.unsignedinteger]]:
+    """pipeline.segment_at of a volume [c, z, y, x], or, by_section, of each section by itself with ids numbered on."""
+    if not decoding.by_section:
+        return [*segment_at(volume, settings, thresholds)]
+    sections = [segment_at(volume[:, z : z + 1], settings, thresholds) for z in range(volume.shape[1])]
+    return [numbered_on([section[k] for section in sections]) for k in range(len(thresholds))]
+
+
+def numbered_on(sections: list[npt.NDArray[np.unsignedinteger]]) -> npt.NDArray[np.unsignedinteger]:
+    """Sections [1, y, x] with ids 1..n each as one volume of different ids."""
+    ends = np.cumsum([int(section.max(initial=0)) for section in sections])
+    numbered = np.concatenate(sections).astype(smallest_dtype(int(ends[-1])))
+    for section, first in zip(numbered[1:], ends[:-1], strict=True):
+        section[section > 0] += first.astype(numbered.dtype)
+    return numbered
+
+
+def decode_whole(
+    channels: Channels, settings: Settings, decoding: Decoding, identity: str, path: Path
+) -> StreamedVolume:
+    labels = segment_sections(whole(channels), settings, (settings.threshold,), decoding)[0]
+    check_target(path, 1, labels.dtype)  # PNG holds no more than 65535 ids
     streamed = open_streamed(path, (1, *channels.shape), labels.dtype, identity)
     streamed.write(0, labels)
     return streamed
@@ -207,15 +287,18 @@ def scratch_of(path: Path) -> Path:
 def decode_by_blocks(
     channels: Channels, settings: Settings, decoding: Decoding, identity: str, path: Path
 ) -> StreamedVolume:
+    edges = "x".join(map(str, decoding.block_size))
+    scratch = scratch_of(path) / f"{identity}-{edges}"
     with open_executor(decoding.executor, decoding.workers, decoding.dask_address) as executor:
-        decoded = decode_blocks(channels, settings, decoding.block_size, scratch_of(path) / identity, executor)
+        decoded = decode_blocks(channels, settings, decoding.block_size, scratch, executor)
+        check_target(path, 1, np.dtype(decoded.dtype))
         streamed = open_streamed(path, (1, *channels.shape), np.dtype(decoded.dtype), identity)
         write_decoded(decoded, BoxWriter(streamed), executor)
     streamed.mark_finished(0, channels.shape[0])
     return streamed
 
 
-def whole(volume: Volume | Channels) -> npt.NDArray[np.generic]:
+def whole(volume: Volume | Channels) -> npt.NDArray[Any]:
     """A volume [c, z, y, x] in memory."""
-    voxels: npt.NDArray[np.generic] = volume.read_channels((0, 0, 0), volume.shape)
+    voxels: npt.NDArray[Any] = volume.read_channels((0, 0, 0), volume.shape)
     return voxels

@@ -6,10 +6,14 @@ from em_segmentation.config import Config
 Record = dict[str, float]
 
 
+def total_steps(config: Config) -> int:
+    """Optimizer steps of a run that does not stop early."""
+    return config.training.max_epochs * config.training.steps_per_epoch
+
+
 def learning_rate_share(step: int, records: list[Record], config: Config) -> float:
-    """The share of optimizer.lr at a step: linear warm-up, then the scheduler's course; never below min_lr."""
-    scheduler, per_epoch = config.scheduler, config.training.steps_per_epoch
-    last = config.training.max_epochs * per_epoch
+    """The share of optimizer.lr at a step: linear warm-up, then the scheduler's course, which ends at min_lr."""
+    scheduler, per_epoch, last = config.scheduler, config.training.steps_per_epoch, total_steps(config)
     warm = min(round(scheduler.warmup_epochs * per_epoch), last - 1)
     floor = min(1.0, scheduler.min_lr / config.optimizer.lr)
     if step < warm or scheduler.name == "cosine":

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from common.command import parse_config, script_parser
-from common.errors import run_script
+from common.errors import config_error, run_script
 from common.lock import exclusive
 from common.logbook import clear_run, open_run
 from common.memory import keep_freed_memory
@@ -35,8 +35,10 @@ from em_segmentation.config import PRESETS, Config
 from em_segmentation.dataset import open_volumes
 from em_segmentation.figures import draw_learning_curve
 from em_segmentation.places import resolve, run_folder, training_identity
-from em_segmentation.schedule import ranked
+from em_segmentation.schedule import Record, ranked
+from em_segmentation.state import begin
 from em_segmentation.trainer import check_hardware, train
+from em_segmentation.validation import check_monitors
 
 FAST_STEPS = 2  # of --fast-dev-run, and its validation patches
 
@@ -78,29 +80,37 @@ def main(arguments: list[str]) -> int:
         from em_segmentation.eval import test  # the other direction would be a circle
 
         return test(config, run_folder(config), flags.checkpoint)
+    if flags.checkpoint is not None:
+        raise config_error("--checkpoint: is for --mode test; to train from its weights give model.start_from=FILE.pt")
     config = fast(config) if flags.fast_dev_run else config
-    folder = run_folder(config)
     use_processor(config)
     keep_freed_memory()
+    run(config, run_folder(config), flags.fresh or flags.fast_dev_run)
+    return 0
+
+
+def run(config: Config, folder: Path, fresh: bool) -> None:
+    """Look at everything, then train in the run's folder; fresh: it is emptied first."""
     with process_group(config.system.deterministic) as device, ExitStack() as held:
         first_rank_does(lambda: check_hardware(config, device))
         first_rank_does(lambda: held.enter_context(exclusive(folder)))
         first_rank_does(lambda: make_phantom(config))
         resolved = all_ranks_do(lambda: resolve(config))
         volumes = all_ranks_do(lambda: open_volumes(resolved))
-        if flags.fresh or flags.fast_dev_run:  # only now: a wrong path or label must not cost the finished run
-            first_rank_does(lambda: clear_run(folder))
+        first_rank_does(lambda: check_monitors(config, bool(volumes.val)))
         known = dataclasses.replace(config.data, voxel_size_nm=volumes.voxel_size_nm)
         seen = dataclasses.replace(config, data=known)
+        state = all_ranks_do(lambda: begin(seen, device))
+        if fresh:  # only now: a wrong path or name must not cost the finished run
+            first_rank_does(lambda: clear_run(folder))
         command = [sys.executable, *sys.argv]
         first_rank_does(lambda: open_run(folder, config, training_identity(config), command))
-        records = train(seen, folder, volumes, device)
+        records = train(state, seen, folder, volumes)
         if dist.get_rank() == 0:
             report(records, config, folder)
-    return 0
 
 
-def report(records: list[dict[str, float]], config: Config, folder: Path) -> None:
+def report(records: list[Record], config: Config, folder: Path) -> None:
     """The learning curve, the best validation, and where everything lies."""
     curve = folder / "figures" / "learning_curve.png"
     draw_learning_curve(records, curve)

@@ -5,130 +5,32 @@ checkpoint is weights, their average, optimizer, loss scale, step and the figure
 again, a run ends in the same bits.
 """
 
-import copy
-import dataclasses
 import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.amp import GradScaler
-from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader
 
-from common.checkpoint import load_checkpoint, load_optimizer, load_weights, save_checkpoint, update_average
-from common.config import as_yaml
-from common.errors import config_error, data_error
-from common.files import parsing
+from common.checkpoint import update_average
+from common.errors import UserError, config_error
 from common.interrupt import StopRequest, ignore_interrupts, stop_on_signal
-from common.loading import next_batch
-from common.logbook import Scalars, progress, write_metrics
+from common.loading import lost_readers_told, next_batch
+from common.logbook import Scalars, progress
 from common.parallel import all_ranks_do, check_same_step
 from common.step import RunningStatistics, agree_on_step, guarded_update
 from common.streams import micro_batches, seed_dropout
 from em_segmentation.augmentation import Patch, augmented
 from em_segmentation.config import Config
-from em_segmentation.dataset import PatchStream, Volumes, stack, to_device
-from em_segmentation.initial_weights import load_initial_weights
-from em_segmentation.model_defs.registry import SegmentationModel, build_model
+from em_segmentation.dataset import Volumes, patch_stream, stack, to_device
+from em_segmentation.model_defs.registry import SegmentationModel
 from em_segmentation.objective import training_loss
-from em_segmentation.places import training_identity
-from em_segmentation.schedule import ends_early, learning_rate_share, ranked
-from em_segmentation.validation import validate
-
-KIND = "em_segmentation"
-
-
-def build_optimizer(model: SegmentationModel, config: Config) -> Optimizer:
-    """AdamW or SGD over two groups: weights, and biases and norms, which do not decay."""
-    settings = config.optimizer
-    groups: list[dict[str, Any]] = []
-    for name, decays in (("weights", True), ("biases and norms", False)):
-        chosen = [parameter for parameter in model.parameters() if (parameter.dim() > 1) == decays]
-        groups.append({"params": chosen, "name": name, "weight_decay": settings.weight_decay if decays else 0.0})
-    if settings.name == "AdamW":
-        return AdamW(groups, lr=0.0, fused=True)
-    return SGD(groups, lr=0.0, momentum=settings.momentum, nesterov=settings.momentum > 0)
-
-
-@dataclasses.dataclass
-class State:
-    """All that changes during a run."""
-
-    model: SegmentationModel
-    average: SegmentationModel
-    optimizer: Optimizer
-    scaler: GradScaler
-    step: int
-    records: list[dict[str, float]]  # rows of metrics.csv; those of validations hold epoch and val_ figures
-
-    def as_checkpoint(self, config: Config, volumes: Volumes) -> dict[str, Any]:
-        return {
-            "kind": KIND,
-            "config": as_yaml(config),
-            "identity": training_identity(config),
-            "volumes": volumes.digest,
-            "step": self.step,
-            "records": self.records,
-            "weights": self.average.state_dict(),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-        }
-
-
-KEPT = ("kind", "config", "identity", "step", "weights", "measured")  # of the best weights' files
-CHECKPOINT = {"identity": str, "volumes": str, "step": int, "records": list, "weights": dict, "model": dict,
-              "optimizer": dict, "scaler": dict}  # fmt: skip
-
-
-def total_steps(config: Config) -> int:
-    return config.training.max_epochs * config.training.steps_per_epoch
-
-
-def begin(config: Config, device: torch.device) -> State:
-    """A run's first state: weights drawn from the seed, or loaded from model.start_from."""
-    torch.manual_seed(config.system.seed)
-    model = build_model(config)
-    if config.model.start_from is not None:
-        load_initial_weights(model, config.model.start_from)
-    model = model.to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    average = copy.deepcopy(model).eval().requires_grad_(False)
-    scaler = GradScaler(device.type, enabled=config.training.precision == "16-mixed")
-    return State(model, average, build_optimizer(model, config), scaler, 0, [])
-
-
-def resume(state: State, path: Path, config: Config, volumes: Volumes) -> None:
-    """Continue from a checkpoint of the very same run on the very same data."""
-    saved = load_checkpoint(path, KIND, CHECKPOINT)
-    if saved["identity"] != training_identity(config):
-        raise data_error(f"{path}: belongs to a run of another config; choose another run.name, or --fresh")
-    if saved["volumes"] != volumes.digest:
-        raise data_error(
-            f"{path}: the volumes or their labels have changed since this run began; "
-            "--fresh starts it over with those of now, another run.name keeps both"
-        )
-    if not 0 <= saved["step"] <= total_steps(config):
-        raise data_error(
-            f"{path}: is at step {saved['step']} of {total_steps(config)}; damaged, start over with --fresh"
-        )
-    moments = ("exp_avg", "exp_avg_sq") if config.optimizer.name == "AdamW" else ()
-    load_weights(state.model, saved["model"], path)
-    load_weights(state.average, saved["weights"], path)
-    with parsing(path, "start over with --fresh"):
-        if saved["step"]:
-            load_optimizer(state.optimizer, saved["optimizer"], moments)
-        state.scaler.load_state_dict(saved["scaler"])
-        if not all(isinstance(value, int | float) for record in saved["records"] for value in record.values()):
-            raise ValueError("records that are no numbers")
-    state.step, state.records = saved["step"], saved["records"]
-    best = path.with_name("best.pt")
-    if ranked(state.records, config) and not best.exists():
-        raise data_error(f"{best}: is missing, the best weights so far; restore it, or start over with --fresh")
+from em_segmentation.schedule import Record, ends_early, learning_rate_share, total_steps
+from em_segmentation.state import State, keep_best, resume, save
+from em_segmentation.validation import validate, validation_loader
 
 
 def micro_batch_size(config: Config, num_ranks: int) -> int:
@@ -146,6 +48,28 @@ def micro_batch_size(config: Config, num_ranks: int) -> int:
     return batch // shares
 
 
+def accumulate(
+    state: State, statistics: RunningStatistics, stream: Iterator[Patch], volumes: Volumes, config: Config
+) -> tuple[Tensor, Tensor]:
+    """Gradients of this rank's micro-batches of one step; the losses and positions of their samples, (samples,) each."""
+    device, seed, ranks = next(state.model.parameters()).device, config.system.seed, dist.get_world_size()
+    together = config.data.batch_size * config.training.accumulate_grad_batches
+    rounds = together // (micro_batch_size(config, ranks) * ranks)
+    seen: list[tuple[Tensor, Tensor]] = []
+    statistics.begin_step()
+    for number in range(rounds):
+        batch = to_device(next(stream), device)
+        seed_dropout(seed, state.step, number * ranks + dist.get_rank())
+        if config.data.augmentation:
+            batch = augmented(batch, config.augmentation, volumes.voxel_size_nm, seed)
+        losses = training_loss(state.model, batch, config, volumes.voxel_size_nm)  # (B,)
+        state.scaler.scale(losses.mean() / rounds).backward()  # type: ignore[no-untyped-call]
+        statistics.end_micro_batch()
+        seen.append((losses.detach(), batch.position))
+    all_losses, positions = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    return all_losses, positions
+
+
 def take_step(
     state: State,
     statistics: RunningStatistics,
@@ -153,74 +77,23 @@ def take_step(
     stop: StopRequest,
     volumes: Volumes,
     config: Config,
-) -> tuple[dict[str, float], bool]:
+) -> tuple[Record, bool]:
     """One optimizer step: accumulate, average over ranks, guard, clip, update.
 
     Returns the figures, which are means over ranks, and whether any rank was asked to stop.
     """
-    device, seed = next(state.model.parameters()).device, config.system.seed
-    share = learning_rate_share(state.step, state.records, config)
+    learning_rate = config.optimizer.lr * learning_rate_share(state.step, state.records, config)
     for group in state.optimizer.param_groups:
-        group["lr"] = config.optimizer.lr * share
-    ranks = dist.get_world_size()
-    rounds = (
-        config.data.batch_size * config.training.accumulate_grad_batches // (micro_batch_size(config, ranks) * ranks)
-    )
-    seen: list[tuple[Tensor, Tensor]] = []  # losses and positions of every micro-batch
-    statistics.begin_step()
-    for number in range(rounds):
-        batch = to_device(next(stream), device)
-        seed_dropout(seed, state.step, number * ranks + dist.get_rank())
-        with torch.no_grad():
-            if config.data.augmentation:
-                batch = augmented(batch, config.augmentation, volumes.voxel_size_nm, seed)
-        losses = training_loss(state.model, batch, config, volumes.voxel_size_nm)  # (B,)
-        state.scaler.scale(losses.mean() / rounds).backward()  # type: ignore[no-untyped-call]
-        statistics.end_micro_batch()
-        seen.append((losses.detach(), batch.position))
-    losses, positions = (torch.cat(parts) for parts in zip(*seen, strict=True))  # (samples of this rank,)
-    names = [f"patch {position}" for position in positions.tolist()]
+        group["lr"] = learning_rate
+    losses, positions = accumulate(state, statistics, stream, volumes, config)
+    finite, places = torch.isfinite(losses).tolist(), patch_stream(volumes, config)
+    names = ["" if ok else places.name(p) for ok, p in zip(finite, positions.tolist(), strict=True)]
     mean_loss, stop_asked = agree_on_step(losses, names, stop.asked)
-    statistics.end_step(rounds * ranks)
+    statistics.end_step(len(losses) * dist.get_world_size() // micro_batch_size(config, dist.get_world_size()))
     norm = guarded_update(state.model, state.optimizer, state.scaler, config.training.gradient_clip_val)
     update_average(state.average, state.model, config.training.ema_decay, state.step)
     state.step += 1
-    return {
-        "train_loss": mean_loss,
-        "gradient_norm": norm.item(),
-        "learning_rate": config.optimizer.lr * share,
-    }, stop_asked
-
-
-def save(state: State, folder: Path, config: Config, volumes: Volumes) -> None:
-    """Write last.pt and metrics.csv, on the first rank only."""
-    if dist.get_rank() == 0:
-        if config.checkpoint.save_last:
-            save_checkpoint(state.as_checkpoint(config, volumes), folder / "checkpoints" / "last.pt")
-        write_metrics(folder / "metrics.csv", state.records)
-
-
-def keep_best(state: State, folder: Path, config: Config, volumes: Volumes) -> None:
-    """Write the weights of the epoch just validated if they are among the best; best.pt is the first of them."""
-    order = ranked(state.records, config)
-    kept, now = order[: config.checkpoint.save_top_k], state.records[-1]
-    if dist.get_rank() or now not in kept:
-        return
-    state_now = state.as_checkpoint(config, volumes) | {"measured": now}
-    weights = {name: state_now[name] for name in KEPT}
-    checkpoints = folder / "checkpoints"
-    if now is order[0]:
-        save_checkpoint(weights, checkpoints / "best.pt")
-    if config.checkpoint.save_top_k > 1:
-        names = {epoch_file(record): record for record in kept}
-        save_checkpoint(weights, checkpoints / epoch_file(now))
-        for path in checkpoints.glob("epoch-*.pt"):
-            if path.name not in names:
-                path.unlink()
-
-
-def epoch_file(record: dict[str, float]) -> str:
-    return f"epoch-{round(record['epoch']):04d}.pt"
+    return {"train_loss": mean_loss, "gradient_norm": norm.item(), "learning_rate": learning_rate}, stop_asked
 
 
 def check_hardware(config: Config, device: torch.device) -> None:
@@ -228,51 +101,65 @@ def check_hardware(config: Config, device: torch.device) -> None:
     micro_batch_size(config, dist.get_world_size())
     if config.system.num_gpus and dist.get_world_size() > config.system.num_gpus and device.type == "cuda":
         raise config_error(
-            f"system.num_gpus: {config.system.num_gpus}, but torchrun started {dist.get_world_size()} processes"
+            f"system.num_gpus: {config.system.num_gpus}, but torchrun started {dist.get_world_size()} processes; "
+            "expected at most that many"
         )
     if device.type == "cpu" and config.training.precision == "16-mixed":
         raise config_error("training.precision: 16-mixed trains on GPUs only; on a CPU give training.precision=32")
 
 
-def train(config: Config, folder: Path, volumes: Volumes, device: torch.device) -> list[dict[str, float]]:
-    """Train, or continue, one run inside a process group; return its records, one per logged step."""
-    first = dist.get_rank() == 0
-    state = all_ranks_do(lambda: begin(config, device))
+def train(state: State, config: Config, folder: Path, volumes: Volumes) -> list[Record]:
+    """Train, or continue, one run from its first state inside a process group; return its records, one per logged step."""
+    first, device = dist.get_rank() == 0, next(state.model.parameters()).device
     if first:
-        info = state.model.get_model_info()
-        counts = f"{len(volumes.train)} training and {len(volumes.val)} validation volumes"
-        where = f"{dist.get_world_size()} x {device.type}"
-        print(f"{info['architecture']}, {info['parameters']:,} parameters; {counts}; {where}", flush=True)
+        announce(state.model, volumes, device)
     last = folder / "checkpoints" / "last.pt"
     all_ranks_do(lambda: resume(state, last, config, volumes) if last.exists() else None)
     check_same_step(state.step, folder)
-    finished = state.step == total_steps(config) or ends_early(state.records, config)
-    if first and finished:
-        print(f"{folder} is complete; --fresh starts it over", flush=True)
-    elif first and state.step:
+    if state.step == total_steps(config) or ends_early(state.records, config):
+        if first:
+            print(f"{folder} is complete; --fresh starts it over", flush=True)
+        return state.records
+    if first and state.step:
         print(f"continuing {folder} at step {state.step} of {total_steps(config)}", flush=True)
-    stream = PatchStream(volumes.train, config.data, config.targets.label_channels[0], config.system.seed)
+    batches = next_batch(training_loader(state.step, volumes, config, device), "data.num_workers")
+    scalars = Scalars(folder / "tensorboard", state.step) if first else None
+    with stop_on_signal() as stop, lost_readers_told("data.num_workers"):
+        run_steps(state, batches, stop, volumes, config, folder, scalars)
+    return state.records
+
+
+def announce(model: SegmentationModel, volumes: Volumes, device: torch.device) -> None:
+    """Say what is trained on what and where, before it takes hours."""
+    info = model.get_model_info()
+    counts = f"{len(volumes.train)} training and {len(volumes.val)} validation volumes"
+    where = f"{dist.get_world_size()} x {device.type}"
+    print(f"{info['architecture']}, {info['parameters']:,} parameters; {counts}; {where}", flush=True)
+    if not volumes.val:
+        print("no validation volumes: the last weights are best, and monitors are ignored", flush=True)
+
+
+def training_loader(
+    first_step: int, volumes: Volumes, config: Config, device: torch.device
+) -> DataLoader[Patch | UserError]:
+    """This rank's micro-batches from a step to the run's end."""
+    ranks = dist.get_world_size()
     plan = micro_batches(
-        state.step,
+        first_step,
         total_steps(config),
         config.data.batch_size * config.training.accumulate_grad_batches,
-        micro_batch_size(config, dist.get_world_size()),
+        micro_batch_size(config, ranks),
         dist.get_rank(),
-        dist.get_world_size(),
+        ranks,
     )
-    loader = DataLoader(
-        stream,
+    return DataLoader(
+        patch_stream(volumes, config),
         batch_sampler=plan,  # an iterator serves: it is walked once
         num_workers=config.data.num_workers,
         collate_fn=stack,
         pin_memory=device.type == "cuda",
         worker_init_fn=ignore_interrupts,
     )
-    if not finished:
-        scalars = Scalars(folder / "tensorboard", state.step) if first else None
-        with stop_on_signal() as stop:
-            run_steps(state, next_batch(loader, "data.num_workers"), stop, volumes, config, folder, scalars)
-    return state.records
 
 
 def run_steps(
@@ -286,7 +173,7 @@ def run_steps(
 ) -> None:
     """The loop: step, and at every epoch's end validate, keep the best, save; on Ctrl-C or SIGTERM save and end."""
     last, epoch_steps = total_steps(config), config.training.steps_per_epoch
-    statistics = RunningStatistics(state.model)
+    statistics, fixed_patches = RunningStatistics(state.model), validation_loader(volumes, config)
     bar = progress(range(last), "training", last, scalars is not None)
     bar.update(state.step)
     state.model.train()
@@ -297,7 +184,8 @@ def run_steps(
         bar.update()
         epoch_ends = state.step % epoch_steps == 0
         if epoch_ends:
-            measured |= {"epoch": state.step // epoch_steps} | validate(state.average, volumes, config, folder)
+            measured |= {"epoch": state.step // epoch_steps}
+            measured |= validate(state.average, fixed_patches, volumes, config, folder)
         if epoch_ends or state.step % config.logging.log_every_n_steps == 0:
             state.records.append({"step": state.step} | measured)
             if scalars is not None:
@@ -317,7 +205,7 @@ def run_steps(
     sys.stdout.flush()
 
 
-def told(record: dict[str, float]) -> str:
+def told(record: Record) -> str:
     """One line of an epoch's figures."""
     figures = {name: value for name, value in record.items() if name == "train_loss" or name.startswith("val_")}
     return f"epoch {record['epoch']:4g}  " + "  ".join(f"{name} {value:.4f}" for name, value in figures.items())

@@ -9,7 +9,6 @@ import dataclasses
 import itertools
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from common.errors import config_error
@@ -79,29 +78,28 @@ def averaged(
     offsets: tuple[Triple, ...],
     stored_at: str,
 ) -> Callable[[Tensor], Tensor]:
-    """A network (1, c, z, y, x) -> (1, C, z, y, x) of probabilities as its mean over turns.
+    """A network (1, c, z, y, x) -> (1, C, z, y, x) of probabilities as its mean over turns, the first of them none.
 
     affinities: its channels that belong to offsets. Near a face, an edge that a turn cannot know is averaged without it.
     """
-    moves = [affinity_moves(turn, offsets, stored_at) for turn in turns] if affinities.stop > affinities.start else []
+    if len(turns) == 1:
+        return network
+    moves = [affinity_moves(turn, offsets, stored_at) if affinities.stop > affinities.start else [] for turn in turns]
 
     def average(x: Tensor) -> Tensor:
-        total, count = torch.empty(0), torch.empty(0)
-        for number, turn in enumerate(turns):
-            found = turn.back(network(turn.see(x))).float()
-            if number == 0:
-                total = found.clone()
-                count = torch.ones(found.shape[1:], device=found.device)  # (C, z, y, x)
-                continue
+        total = network(x).clone()
+        count = total.new_ones(total.shape[1:])  # (C, z, y, x)
+        for turn, affinity_move in zip(turns[1:], moves[1:], strict=True):
+            found = turn.back(network(turn.see(x)))
             for channel in range(found.shape[1]):
                 source, shift = channel, (0, 0, 0)
                 if affinities.start <= channel < affinities.stop:
-                    source, shift = moves[number][channel - affinities.start]
+                    source, shift = affinity_move[channel - affinities.start]
                     source += affinities.start
                 here, there = overlap(shift, (found.shape[2], found.shape[3], found.shape[4]))
                 total[:, channel][(slice(None), *here)] += found[:, source][(slice(None), *there)]
                 count[channel][here] += 1
-        return total / count
+        return total.div_(count)
 
     return average
 

@@ -1,5 +1,7 @@
 """Validation on fixed patches: each seen exactly once, on any number of processes, with the averaged weights."""
 
+import difflib
+import math
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from common.errors import data_error
+from common.errors import UserError, config_error, data_error
 from common.interrupt import ignore_interrupts
 from common.loading import next_batch
 from common.parallel import all_ranks_do, gather_objects
@@ -22,54 +24,95 @@ from em_segmentation.targets import Target
 Row = dict[str, float]  # of one patch: its number, its loss, and counts or sums per target
 
 
-def possible_figures(settings: Targets) -> list[str]:
-    """The names that a validation's figures have, for checkpoint.monitor and early_stopping.monitor."""
+def possible_figures(settings: Targets) -> dict[str, str]:
+    """The names that a validation's figures have, and whether the least ("min") or the most ("max") is best."""
     per_target = {
-        "semantic": ["val_dice", "val_jaccard"],
-        "boundary": ["val_boundary_dice"],
-        "affinity": ["val_cut_f1"],
-        "distance": ["val_distance_error"],
-        "centre": ["val_centre_error"],
-        "lsd": ["val_lsd_error"],
+        "semantic": {"val_dice": "max", "val_jaccard": "max"},
+        "boundary": {"val_boundary_dice": "max"},
+        "affinity": {"val_cut_f1": "max"},
+        "distance": {"val_distance_error": "min"},
+        "centre": {"val_centre_error": "min"},
+        "lsd": {"val_lsd_error": "min"},
     }
-    return ["val_loss", *(figure for name in settings.names for figure in per_target[name])]
+    figures = {"val_loss": "min"}
+    for name in settings.names:
+        figures |= per_target[name]
+    return figures
+
+
+def check_monitors(config: Config, validated: bool) -> None:
+    """A config error for a monitor that is no figure of these targets, or whose mode is the wrong way round.
+
+    validated: whether there are validation volumes; without them monitors are ignored, and nothing can reach a plateau.
+    """
+    if not validated:
+        if config.scheduler.name == "plateau":
+            raise config_error(
+                "scheduler.name: plateau follows a validation; give data.val_image, or another scheduler"
+            )
+        return
+    figures, problems = possible_figures(config.targets), []
+    for section, settings in (("checkpoint", config.checkpoint), ("early_stopping", config.early_stopping)):
+        if settings.monitor not in figures:
+            close = difflib.get_close_matches(settings.monitor, figures, 1, 0.6)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            problems.append(
+                f"{section}.monitor: validation has no {settings.monitor}; expected {', '.join(figures)}{hint}"
+            )
+        elif settings.mode != figures[settings.monitor]:
+            best = figures[settings.monitor]
+            problems.append(
+                f"{section}.mode: the {'least' if best == 'min' else 'highest'} {settings.monitor} is best; "
+                f"expected {best}, got {settings.mode}"
+            )
+    if problems:
+        raise config_error(*problems)
+
+
+def validation_loader(volumes: Volumes, config: Config) -> DataLoader[Patch | UserError]:
+    """This rank's share of the validation patches."""
+    places = validation_places(volumes.val, config.data.patch_size, config.data.val_patches)
+    mine = list(range(dist.get_rank(), len(places), dist.get_world_size()))
+    return DataLoader(
+        Subset(PatchList(volumes.val, places, config.data.patch_size), mine),
+        batch_size=1,  # so that no figure depends on how many processes share the patches
+        num_workers=config.data.num_workers,
+        persistent_workers=config.data.persistent_workers and config.data.num_workers > 0,
+        collate_fn=stack,
+        worker_init_fn=ignore_interrupts,
+    )
 
 
 @torch.inference_mode()
-def validate(model: nn.Module, volumes: Volumes, config: Config, folder: Path) -> dict[str, float]:
+def validate(
+    model: nn.Module, loader: DataLoader[Patch | UserError], volumes: Volumes, config: Config, folder: Path
+) -> dict[str, float]:
     """Loss and figures over all validation patches; none without validation volumes.
 
     Dice and Jaccard pool all voxels (of several classes: their mean over the foreground classes); cut F1 is that of
-    edges between different objects; errors are mean absolute ones.
+    edges between different objects; errors are mean absolute ones. loader: validation_loader's, on every rank.
     """
     if not volumes.val:
         return {}
-    rows = all_ranks_do(lambda: score_own_patches(model, volumes, config, folder))
+    rows = all_ranks_do(lambda: score_own_patches(model, loader, volumes, config, folder))
     together = sorted((row for part in gather_objects(rows) for row in part), key=lambda row: row["patch"])
     return figures_of(together, config.targets)
 
 
-def score_own_patches(model: nn.Module, volumes: Volumes, config: Config, folder: Path) -> list[Row]:
+def score_own_patches(
+    model: nn.Module, loader: DataLoader[Patch | UserError], volumes: Volumes, config: Config, folder: Path
+) -> list[Row]:
     """Rows of this rank's share of the validation patches; the first patch is drawn into figures/validation.png."""
-    places = validation_places(volumes.val, config.data.patch_size, config.data.val_patches)
-    mine = list(range(dist.get_rank(), len(places), dist.get_world_size()))
-    loader = DataLoader(
-        Subset(PatchList(volumes.val, places, config.data.patch_size), mine),
-        batch_size=1,  # so that no figure depends on how many processes share the patches
-        num_workers=config.data.num_workers,
-        collate_fn=stack,
-        worker_init_fn=ignore_interrupts,
-    )
     device = next(model.parameters()).device
     rows: list[Row] = []
     for host_batch in next_batch(loader, "data.num_workers"):
         batch = to_device(host_batch, device)
         targets = build_targets(batch, config.targets, volumes.voxel_size_nm)
         logits = forward(model, batch.image, config.training.precision)[0].float()
-        if not torch.isfinite(logits).all():
+        loss = loss_of([logits], targets, config)[0].item()
+        if not math.isfinite(loss) or not torch.isfinite(logits).all():
             raise data_error("train: the validation output is not finite; lower optimizer.lr")
-        losses = loss_of([logits], targets, config)
-        rows.append(score_patch(batch, logits, targets, config.targets) | {"val_loss": losses[0].item()})
+        rows.append(score_patch(batch, logits, targets, config.targets) | {"val_loss": loss})
         if config.logging.pictures and rows[-1]["patch"] == 0:
             draw_patch(batch, logits, targets, config, folder / "figures" / "validation.png")
     return rows

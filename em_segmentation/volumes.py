@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from common.errors import config_error, data_error
 from common.volumes.axes import check_same_shape
-from common.volumes.opening import open_volume
+from common.volumes.opening import open_volume, split_location
 from common.volumes.slices import natural_key
 from common.volumes.volume import StoredBox, Volume
 from em_segmentation.config import Data
@@ -21,6 +21,7 @@ Triple = tuple[int, int, int]
 VoxelSize = tuple[float, float, float]
 SAMPLED_SECTIONS = 32  # spread evenly over z, whose middle is looked at for the grey scale
 SAMPLED_EDGE = 512  # voxels, of that middle
+LARGEST_ID = 2**63 - 1  # of the integers that torch computes with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,10 @@ class Annotated:
         """A box [c, z, y, x] of the image in standard deviations from the mean; corner counts from the first section."""
         return normalised(self.image, self._at(corner), size, self.scale)
 
+    def read_truth(self, corner: Triple, size: Triple) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        """Labels [c, z, y, x] of a box, and where they are annotated [1, z, y, x]."""
+        return self.read_labels(corner, size), self.read_annotated(corner, size)
+
     def read_labels(self, corner: Triple, size: Triple) -> npt.NDArray[np.int64]:
         """Ids or classes [c, z, y, x] of a box."""
         assert self.label is not None, f"{self.image.path} has no labels"
@@ -69,20 +74,23 @@ class Annotated:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class InMemory(Volume):
-    """Some sections of a volume, read once."""
+    """A volume of which some sections were read once; the others cannot be read."""
 
-    voxels: npt.NDArray[np.generic] = dataclasses.field(repr=False)  # [c, z, y, x]
+    first_section: int
+    voxels: npt.NDArray[np.generic] = dataclasses.field(repr=False)  # [c, z, y, x] from the first section on
 
     def _read_stored(self, box: StoredBox) -> npt.NDArray[np.generic]:
-        return self.voxels[box]
+        channels, z, y, x = box
+        assert z.start >= self.first_section, f"Expected sections from {self.first_section} on, got {z}"
+        return self.voxels[channels, z.start - self.first_section : z.stop - self.first_section, y, x]
 
 
 def in_memory(volume: Volume, sections: tuple[int, int]) -> InMemory:
-    """The sections [first, last) of a volume as a volume of their own."""
-    depth = sections[1] - sections[0]
-    voxels = volume.read_channels((sections[0], 0, 0), (depth, *volume.shape[1:]))
+    """The same volume with its sections [first, last) in memory."""
+    first, last = sections
+    voxels = volume.read_channels((first, 0, 0), (last - first, *volume.shape[1:]))
     return InMemory(
-        volume.path, "czyx", (depth, *volume.shape[1:]), len(voxels), volume.dtype, volume.spacing_angstrom, voxels
+        volume.path, "czyx", volume.shape, len(voxels), volume.dtype, volume.spacing_angstrom, first, voxels
     )
 
 
@@ -98,12 +106,15 @@ def normalised(image: Volume, corner: Triple, size: Triple, scale: Scale) -> npt
 
 
 def as_ids(labels: npt.NDArray[np.generic]) -> npt.NDArray[np.int64]:
-    """Labels of any integer dtype as int64; ids from 2^63 on are renumbered within the box."""
-    if labels.dtype == np.uint64 and labels.size and labels.max() >= 2**63:
-        ids, number = np.unique(labels, return_inverse=True)
-        renumbered: npt.NDArray[np.int64] = number.reshape(labels.shape) + (0 if ids[0] == 0 else 1)
-        return renumbered
-    return labels.astype(np.int64)
+    """Labels of any integer dtype as int64; within the box, ids from 2^63 on become the largest that are free."""
+    if labels.dtype != np.uint64 or not labels.size or labels.max() <= LARGEST_ID:
+        return labels.astype(np.int64)
+    ids, number = np.unique(labels, return_inverse=True)
+    too_large = ids > LARGEST_ID
+    free = np.setdiff1d(np.arange(LARGEST_ID, LARGEST_ID - 2 * len(ids), -1), ids[~too_large].astype(np.int64))
+    ids[too_large] = free[-np.count_nonzero(too_large) :]
+    renumbered: npt.NDArray[np.int64] = ids.astype(np.int64)[number.reshape(labels.shape)]
+    return renumbered
 
 
 def sampled_boxes(shape: Triple, sections: tuple[int, int]) -> tuple[list[Triple], Triple]:
@@ -127,8 +138,13 @@ def measure_scale(image: Volume, sections: tuple[int, int]) -> Scale:
     if not np.isfinite(flat).all():
         raise data_error(f"{image.path}: holds NaN or infinite voxels; export the volume again")
     mean, deviation = flat.mean(1), flat.std(1)
-    if not (deviation > 0).all():
-        raise data_error(f"{image.path}: all sampled voxels equal {flat[0, 0]:g}; expected an image with contrast")
+    constant = (flat.min(1) == flat.max(1)) | (deviation == 0)  # of equal fractions the deviation is not quite 0
+    if constant.any():
+        channel = int(constant.argmax())
+        where = f" of channel {channel}" if len(flat) > 1 else ""
+        raise data_error(
+            f"{image.path}: all sampled voxels{where} equal {flat[channel, 0]:g}; expected an image with contrast"
+        )
     return Scale(tuple(mean.tolist()), tuple(deviation.tolist()))
 
 
@@ -139,12 +155,11 @@ def expand(names: tuple[str, ...], key: str) -> list[str]:
         if "*" not in name:
             found.append(name)
             continue
-        path = Path(name)
-        anchor = Path(path.anchor) if path.is_absolute() else Path()
-        matches = sorted(anchor.glob(str(path.relative_to(path.anchor))), key=lambda match: natural_key(str(match)))
+        path, inside = split_location(name)
+        matches = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))), key=lambda p: natural_key(str(p)))
         if not matches:
             raise config_error(f"data.{key}: {name} matches nothing; expected files or folders by that pattern")
-        found += map(str, matches)
+        found += (f"{match}:{inside}" if inside else str(match) for match in matches)
     return found
 
 

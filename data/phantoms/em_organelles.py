@@ -50,7 +50,7 @@ class Drawing:
 def start_drawing(
     partition: Partition, curves: Curves, grid: Grid, warp: Warp, settings: EMPhantom, rng: np.random.Generator
 ) -> Drawing:
-    """Cytoplasm only: a grey level per neurite, some dark, with grain."""
+    """Cytoplasm only: a grey level per neurite, some dark, with finer or coarser contrast of its grain."""
     count = int(curves.neurite.max()) + 1
     level = rng.uniform(*settings.cytoplasm_grey, count).astype(np.float32)
     dark = rng.random(count) < settings.dark_neurite_share
@@ -58,6 +58,7 @@ def start_drawing(
     noise = rng.standard_normal(grid.shape, dtype=np.float32)
     grain = scipy.ndimage.gaussian_filter(noise, [settings.texture_nm / size for size in grid.spacing], truncate=2.5)
     grain *= np.float32(settings.texture_grey) / grain.std()
+    grain *= rng.uniform(0.6, 1.5, count).astype(np.float32)[partition.body]
     grey = level[partition.body] + grain
     semantic, occupied = np.zeros(grid.shape, np.uint8), np.zeros(grid.shape, np.bool_)
     return Drawing(grid, warp, curves, partition, grey, semantic, occupied, node_noise(grid, 70.0, rng), settings)
@@ -138,7 +139,7 @@ def add_mitochondria(drawing: Drawing, rng: np.random.Generator) -> int:
     for middle in rng.choice(places, TRIES).tolist() if len(places) and target else []:
         part = stretch(curves, middle, between(rng, settings.mitochondrion_length_nm))
         largest = between(rng, settings.mitochondrion_radius_nm)
-        radius = np.minimum(largest, 0.85 * curves.radius[part] + 10)
+        radius = np.minimum(largest, 0.75 * curves.radius[part] + 5)
         organelle = body_of_balls(drawing, curves.position[part], radius, int(curves.neurite[middle]))
         if organelle is None:
             continue

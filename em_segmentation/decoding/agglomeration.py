@@ -19,11 +19,11 @@ from em_segmentation.decoding.region_graph import Counts, Ids, RegionGraph
 Scores = npt.NDArray[np.float64]
 MEAN = -1  # as `percent`: score by the mean
 FEW_PAIRS = 50  # merged in one round, below which the queue is faster
-Edges = dict[int, dict[int, tuple[Counts, int]]]  # node -> neighbour -> counts, rank
+Neighbours = dict[int, dict[int, tuple[Counts, int]]]  # node -> neighbour -> counts, rank
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Links:
+class Edges:
     """Edges of the shrinking graph: end points, additive counts and a rank of their own to break ties."""
 
     u: Counts  # (num_edges,)
@@ -43,11 +43,11 @@ def agglomerate(graph: RegionGraph, num_fragments: int, percent: int, thresholds
     assert percent == MEAN or graph.histogram.shape[1] > 0, "Quantiles need a graph with histograms"
     counts = np.stack([graph.total, graph.contacts], 1) if percent == MEAN else graph.histogram
     rank = np.arange(len(graph.u), dtype=np.int64)
-    links = Links(graph.u.astype(np.int64), graph.v.astype(np.int64), counts, rank)
+    edges = Edges(graph.u.astype(np.int64), graph.v.astype(np.int64), counts, rank)
     mapping = np.arange(num_fragments + 1, dtype=np.int32)
     results = []
     for threshold in thresholds:
-        target, links = _merge_down_to(links, num_fragments + 1, percent, threshold, thresholds[-1])
+        target, edges = _merge_down_to(edges, num_fragments + 1, percent, threshold, thresholds[-1])
         mapping = target[mapping]
         results.append(mapping)
     return results
@@ -64,83 +64,83 @@ def scores_of(counts: Counts, percent: int) -> Scores:
     return lower_end
 
 
-def _merge_down_to(links: Links, num_nodes: int, percent: int, threshold: int, last: int) -> tuple[Ids, Links]:
-    """Node n becomes target[n]; the links between what is left. `last`: the lowest threshold still to come."""
+def _merge_down_to(edges: Edges, num_nodes: int, percent: int, threshold: int, last: int) -> tuple[Ids, Edges]:
+    """Node n becomes target[n]; the edges between what is left. `last`: the lowest threshold still to come."""
     target = np.arange(num_nodes, dtype=np.int32)
     while True:
-        score = scores_of(links.counts, percent)
-        links, score = _that_matter(links, score, num_nodes, last)
-        pairs = np.flatnonzero(_are_best_of_both(links, score, num_nodes) & (score >= threshold))
+        score = scores_of(edges.counts, percent)
+        edges, score = _that_matter(edges, score, num_nodes, last)
+        pairs = np.flatnonzero(_are_best_of_both(edges, score, num_nodes) & (score >= threshold))
         if len(pairs) == 0:
-            return target, links
+            return target, edges
         if len(pairs) < FEW_PAIRS:
-            merged = _merge_by_queue(links, num_nodes, percent, threshold)
-            return merged[target], _contracted(links, merged)
+            merged = _merge_by_queue(edges, num_nodes, percent, threshold)
+            return merged[target], _contracted(edges, merged)
         merged = np.arange(num_nodes, dtype=np.int32)
-        merged[np.maximum(links.u[pairs], links.v[pairs])] = np.minimum(links.u[pairs], links.v[pairs])
+        merged[np.maximum(edges.u[pairs], edges.v[pairs])] = np.minimum(edges.u[pairs], edges.v[pairs])
         target = merged[target]
-        links = _contracted(links, merged)
+        edges = _contracted(edges, merged)
 
 
-def _that_matter(links: Links, score: Scores, num_nodes: int, last: int) -> tuple[Links, Scores]:
-    """Without links of nodes none of whose links reaches the last threshold: scores never rise by merging."""
+def _that_matter(edges: Edges, score: Scores, num_nodes: int, last: int) -> tuple[Edges, Scores]:
+    """Without edges of nodes none of whose edges reaches the last threshold: scores never rise by merging."""
     best = np.full(num_nodes, -1.0)
-    np.maximum.at(best, links.u, score)
-    np.maximum.at(best, links.v, score)
-    kept = (best[links.u] >= last) & (best[links.v] >= last)
-    return Links(links.u[kept], links.v[kept], links.counts[kept], links.rank[kept]), score[kept]
+    np.maximum.at(best, edges.u, score)
+    np.maximum.at(best, edges.v, score)
+    kept = (best[edges.u] >= last) & (best[edges.v] >= last)
+    return Edges(edges.u[kept], edges.v[kept], edges.counts[kept], edges.rank[kept]), score[kept]
 
 
-def _are_best_of_both(links: Links, score: Scores, num_nodes: int) -> npt.NDArray[np.bool_]:
-    """Which links are the best (highest score, then least rank) of both their ends (num_edges,)."""
+def _are_best_of_both(edges: Edges, score: Scores, num_nodes: int) -> npt.NDArray[np.bool_]:
+    """Which edges are the best (highest score, then least rank) of both their ends (num_edges,)."""
     best = np.full(num_nodes, -1.0)
-    np.maximum.at(best, links.u, score)
-    np.maximum.at(best, links.v, score)
+    np.maximum.at(best, edges.u, score)
+    np.maximum.at(best, edges.v, score)
     first = np.full(num_nodes, np.iinfo(np.int64).max)
-    for end in (links.u, links.v):
+    for end in (edges.u, edges.v):
         top = best[end] == score
-        np.minimum.at(first, end[top], links.rank[top])
-    found: npt.NDArray[np.bool_] = (first[links.u] == links.rank) & (first[links.v] == links.rank)
+        np.minimum.at(first, end[top], edges.rank[top])
+    found: npt.NDArray[np.bool_] = (first[edges.u] == edges.rank) & (first[edges.v] == edges.rank)
     return found
 
 
-def _contracted(links: Links, merged: Ids) -> Links:
-    """The links after node n became merged[n]; only those that moved can have become parallel to another."""
-    u, v = merged[links.u].astype(np.int64), merged[links.v].astype(np.int64)
+def _contracted(edges: Edges, merged: Ids) -> Edges:
+    """The edges after node n became merged[n]; only those that moved can have become parallel to another."""
+    u, v = merged[edges.u].astype(np.int64), merged[edges.v].astype(np.int64)
     low, high = np.minimum(u, v), np.maximum(u, v)
     codes = low * len(merged) + high
     order = np.argsort(codes, kind="stable")
     order = order[(low != high)[order]]
     if len(order) == 0:
-        return Links(low[:0], high[:0], links.counts[:0], links.rank[:0])
+        return Edges(low[:0], high[:0], edges.counts[:0], edges.rank[:0])
     starts = np.flatnonzero(np.diff(codes[order], prepend=-1))
     first = order[starts]
-    counts = np.add.reduceat(links.counts[order], starts, axis=0)
-    return Links(low[first], high[first], counts, np.minimum.reduceat(links.rank[order], starts))
+    counts = np.add.reduceat(edges.counts[order], starts, axis=0)
+    return Edges(low[first], high[first], counts, np.minimum.reduceat(edges.rank[order], starts))
 
 
-def _merge_by_queue(links: Links, num_nodes: int, percent: int, threshold: int) -> Ids:
+def _merge_by_queue(edges: Edges, num_nodes: int, percent: int, threshold: int) -> Ids:
     """The same merging, one link at a time; node n becomes target[n]."""
-    edges = _neighbours(links)
-    score = scores_of(links.counts, percent)
+    near = _neighbours(edges)
+    score = scores_of(edges.counts, percent)
     start = np.flatnonzero(score >= threshold)
     queue = list(
-        zip((-score[start]).tolist(), links.rank[start].tolist(), links.u[start].tolist(), links.v[start].tolist(),
+        zip((-score[start]).tolist(), edges.rank[start].tolist(), edges.u[start].tolist(), edges.v[start].tolist(),
             strict=True)
     )  # fmt: skip
     heapq.heapify(queue)
     absorbed: list[tuple[int, int]] = []
     while queue:
         negative, rank, a, b = heapq.heappop(queue)
-        if a not in edges or b not in edges or b not in edges[a]:
+        if a not in near or b not in near or b not in near[a]:
             continue  # one of them was absorbed
-        counts, current = edges[a][b]
+        counts, current = near[a][b]
         if current != rank or -negative != _score(counts, percent):
             continue  # the link has changed since
-        kept, gone = (a, b) if len(edges[a]) >= len(edges[b]) else (b, a)
+        kept, gone = (a, b) if len(near[a]) >= len(near[b]) else (b, a)
         absorbed.append((kept, gone))
-        for neighbour in _absorb(edges, kept, gone):
-            counts, rank = edges[kept][neighbour]
+        for neighbour in _absorb(near, kept, gone):
+            counts, rank = near[kept][neighbour]
             score_now = _score(counts, percent)
             if score_now >= threshold:
                 heapq.heappush(queue, (-score_now, rank, kept, neighbour))
@@ -151,23 +151,23 @@ def _score(counts: Counts, percent: int) -> float:
     return float(counts[0] / counts[1]) if percent == MEAN else float(scores_of(counts[None], percent)[0])
 
 
-def _neighbours(links: Links) -> Edges:
-    edges: Edges = {}
-    for row, (u, v, rank) in enumerate(zip(links.u.tolist(), links.v.tolist(), links.rank.tolist(), strict=True)):
-        edges.setdefault(u, {})[v] = edges.setdefault(v, {})[u] = (links.counts[row], rank)
-    return edges
+def _neighbours(edges: Edges) -> Neighbours:
+    near: Neighbours = {}
+    for row, (u, v, rank) in enumerate(zip(edges.u.tolist(), edges.v.tolist(), edges.rank.tolist(), strict=True)):
+        near.setdefault(u, {})[v] = near.setdefault(v, {})[u] = (edges.counts[row], rank)
+    return near
 
 
-def _absorb(edges: Edges, kept: int, gone: int) -> list[int]:
-    """Move the links of one node to another; the neighbours whose link with `kept` is new or has changed."""
-    moved = edges.pop(gone)
-    del moved[kept], edges[kept][gone]
+def _absorb(near: Neighbours, kept: int, gone: int) -> list[int]:
+    """Move the edges of one node to another; the neighbours whose link with `kept` is new or has changed."""
+    moved = near.pop(gone)
+    del moved[kept], near[kept][gone]
     for neighbour, (counts, rank) in moved.items():
-        del edges[neighbour][gone]
-        if neighbour in edges[kept]:
-            other, other_rank = edges[kept][neighbour]
+        del near[neighbour][gone]
+        if neighbour in near[kept]:
+            other, other_rank = near[kept][neighbour]
             counts, rank = counts + other, min(rank, other_rank)
-        edges[kept][neighbour] = edges[neighbour][kept] = (counts, rank)
+        near[kept][neighbour] = near[neighbour][kept] = (counts, rank)
     return list(moved)
 
 

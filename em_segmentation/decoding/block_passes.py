@@ -10,13 +10,14 @@ import numpy as np
 from em_segmentation.decoding.block_grid import Box, Job, LabelWriter
 from em_segmentation.decoding.cleaning import Compact, first_voxels, label_sizes
 from em_segmentation.decoding.components import components_of_faces, joined_faces, touched_voxels
-from em_segmentation.decoding.heights import HeightMap, Mask, cropped
+from em_segmentation.decoding.heights import HeightMap, Mask
 from em_segmentation.decoding.links import STEPS, Link, Triple, Volume, link_affinities, sides
 from em_segmentation.decoding.pipeline import check_input, heights_of
 from em_segmentation.decoding.region_graph import Counts, Ids, RegionGraph, region_graph_of_block
 from em_segmentation.decoding.watershed import (
     SELF,
     Codes,
+    ceilings,
     descend,
     directions,
     find_passes,
@@ -57,7 +58,7 @@ def _local_basins(job: Job, box: Box) -> LocalLabels:
     near = box.widened(ONE, ONE, job.grid.shape)
     height_map, mask = block_heights(job, near)
     kept = box.within(near)
-    codes = directions(height_map.heights, mask, job.settings.axes)[kept]
+    codes = directions(height_map, mask, job.settings.axes)[kept]
     codes = np.ascontiguousarray(codes)
     inside, heights = mask[kept], height_map.heights[kept]
     is_exit = _leaving(codes)
@@ -105,7 +106,7 @@ def block_heights(job: Job, near: Box) -> tuple[HeightMap, Mask]:
     wide = near.widened((z, y, x), (z, y, x), job.grid.shape)
     height_map, mask = heights_of(_read(job, wide), job.settings)
     kept = near.within(wide)
-    return cropped(height_map, kept), np.ascontiguousarray(mask[kept])
+    return height_map.part(kept), np.ascontiguousarray(mask[kept])
 
 
 def _read(job: Job, box: Box) -> Volume:
@@ -116,7 +117,7 @@ def _read(job: Job, box: Box) -> Volume:
 
 def _local_components(job: Job, box: Box) -> LocalLabels:
     near = box.widened(ONE, ONE, job.grid.shape)
-    joined = joined_faces(_read(job, near), job.settings.component_links, job.settings.threshold)
+    joined = joined_faces(_read(job, near), job.settings.flooded_links, job.settings.threshold)
     kept = box.within(near)
     labels = components_of_faces(np.ascontiguousarray(joined[(slice(None), *kept)]), touched_voxels(joined)[kept])
     linear = _linear(first_voxels(labels, int(labels.max(initial=0)))[1:], box, job.grid.shape)
@@ -139,7 +140,7 @@ def _joined_over_faces(job: Job, box: Box) -> Counts:
     near = box.widened(NONE, ONE, job.grid.shape)
     nodes, volume = job.nodes(near), _read(job, near)
     pairs = [np.empty((0, 2), np.int64)]
-    for link in job.settings.component_links:
+    for link in job.settings.flooded_links:
         axis = link.offset.index(1)
         start, stop = [0, 0, 0], list(box.size)
         start[axis] = stop[axis] - 1
@@ -161,7 +162,7 @@ def _compare_basins(job: Job, number: int) -> None:
     height_map, _ = block_heights(job, near)
     depth = settings.min_depth * height_map.scale
     passes = find_passes(
-        np.ascontiguousarray(labels[in_wide]), height_map.heights, floors + np.int32(depth), settings.axes,
+        np.ascontiguousarray(labels[in_wide]), height_map, ceilings(floors, depth), settings.axes,
         NONE, box.size, near.start, shape,
     )  # fmt: skip
     frozen = _seen_outside(labels, box, wide, shape, len(ids))

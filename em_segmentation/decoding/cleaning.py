@@ -5,6 +5,7 @@ import numpy.typing as npt
 import scipy.ndimage
 
 from em_segmentation.decoding.agglomeration import groups_of_pairs
+from em_segmentation.decoding.links import STEPS, shape_of, sides
 from em_segmentation.decoding.region_graph import Counts, Ids, RegionGraph, relabelled_graph
 
 Compact = npt.NDArray[np.unsignedinteger]
@@ -102,12 +103,10 @@ def filled_holes(labels: Ids) -> Ids:
         for end in (0, -1):
             owner[np.take(pieces, end, axis)] = -1
     for axis in range(3):
-        n = labels.shape[axis]
-        low, high = np.arange(n - 1), np.arange(1, n)
-        for inner, outer in ((low, high), (high, low)):
-            hole, around = np.take(pieces, inner, axis).reshape(-1), np.take(labels, outer, axis).reshape(-1)
-            met = np.flatnonzero((hole > 0) & (around > 0))
-            owner = _with_owner(owner, hole[met], around[met])
+        lower, upper = sides((0, 0, 0), shape_of(labels), shape_of(labels), STEPS[axis])
+        for inner, outer in ((lower, upper), (upper, lower)):
+            met = (pieces[inner] > 0) & (labels[outer] > 0)
+            owner = _with_owner(owner, pieces[inner][met], labels[outer][met])
     owner[0] = 0
     filled: Ids = np.where(owner[pieces] > 0, owner[pieces], labels).astype(labels.dtype)
     return filled

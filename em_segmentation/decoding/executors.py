@@ -7,7 +7,6 @@ import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
-import torch
 from tqdm import tqdm
 
 from common.errors import config_error
@@ -75,16 +74,11 @@ def open_executor(kind: str, workers: int, address: str) -> Iterator[Executor]:
         yield Serial()
     elif kind == "processes":
         context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(workers, context, _use_one_thread) as pool:
+        with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
             yield Processes(pool)
     else:
         with _dask_client(workers, address) as client:
             yield Dask(client)
-
-
-def _use_one_thread() -> None:
-    """The processes are as many as the cores."""
-    torch.set_num_threads(1)
 
 
 @contextlib.contextmanager

@@ -21,10 +21,32 @@ LARGEST_HEIGHT = 2**28  # so that three more bits fit into 32
 
 @dataclasses.dataclass(frozen=True)
 class HeightMap:
-    """heights [z, y, x]; one step of an 8-bit boundary probability is `scale` of them."""
+    """heights [z, y, x]; one step of an 8-bit boundary probability is `scale` of them.
+
+    walls [3, z, y, x], in such steps: a way from voxel w to w + 1 along z, y, x passes at least at this height. So a
+    boundary without thickness, between two voxels, parts objects of any thinness. [0, z, y, x]: there are none.
+    """
 
     heights: Heights
     scale: int
+    walls: Volume
+
+    def part(self, where: Slices) -> "HeightMap":
+        """The map of some of the voxels."""
+        walls = np.ascontiguousarray(self.walls[(slice(None), *where)])
+        return HeightMap(np.ascontiguousarray(self.heights[where]), self.scale, walls)
+
+    def wall_heights(self, axis: int, lower: Slices) -> Heights:
+        """Least heights of the ways between voxels and their next ones along an axis, of the slices' shape."""
+        if len(self.walls) == 0:
+            return np.zeros(tuple(one.stop - one.start for one in lower), np.int32)
+        heights: Heights = self.walls[axis][lower] * np.int32(self.scale)
+        return heights
+
+
+def without_walls(heights: Heights, scale: int) -> HeightMap:
+    """A height map of nothing but heights."""
+    return HeightMap(heights, scale, np.empty((0, *heights.shape), np.uint8))
 
 
 def boundary_sum(volume: Volume, links: tuple[Link, ...]) -> HeightMap:
@@ -36,10 +58,10 @@ def boundary_sum(volume: Volume, links: tuple[Link, ...]) -> HeightMap:
     direct = [link for link in links if link.is_direct]
     if not direct:
         raise config_error(
-            "offsets: none joins direct neighbours (expected e.g. (0, 0, 1)): name the channels' offsets"
+            "offsets: none joins direct neighbours in the plane (expected e.g. (0, 0, 1)): name the channels' offsets"
         )
     if direct[0].of_boundary:
-        return HeightMap(volume[0].astype(np.int32), 1)
+        return without_walls(volume[0].astype(np.int32), 1)
     shape = shape_of(volume)
     summed = np.zeros(shape, np.int16 if 2 * FULL * len(direct) < 2**15 else np.int32)
     for link in direct:
@@ -54,21 +76,21 @@ def boundary_sum(volume: Volume, links: tuple[Link, ...]) -> HeightMap:
             face: list[slice | int] = [slice(None)] * 3
             face[axis] = end
             summed[tuple(face)] += weakness[tuple(face)]
-    return HeightMap(summed.astype(np.int32), 2 * len(direct))
+    return without_walls(summed.astype(np.int32), 2 * len(direct))
 
 
 def smoothed(map_: HeightMap, radius: Triple) -> HeightMap:
     """Heights under a binomial window of 2 * radius + 1 voxels per axis, not divided: [1, 4, 6, 4, 1] for radius 2."""
     scale = map_.scale * 4 ** sum(radius)
-    if FULL * scale >= LARGEST_HEIGHT:
-        raise config_error(f"smoothing: {radius} overflows 32 bits (expected radii that sum to at most 8): smooth less")
+    largest = int(map_.heights.max(initial=0)) * 4 ** sum(radius)
+    assert largest < LARGEST_HEIGHT, f"Heights up to {largest} are no exact numbers in 32 bits"
     result = np.empty_like(map_.heights)
     depth = max(1, CACHED_VOXELS // max(1, result[:1].size))
     for first in range(0, len(result), depth):
         last = min(first + depth, len(result))
         sections = np.arange(first - radius[0], last + radius[0]).clip(0, len(result) - 1)
         result[first:last] = _binomial(map_.heights[sections], radius)
-    return HeightMap(result, scale)
+    return HeightMap(result, scale, map_.walls)
 
 
 def _binomial(heights: Heights, radius: Triple) -> Heights:
@@ -100,7 +122,7 @@ def distance_height(inside: Mask, reach: int, by_section: bool) -> HeightMap:
         squared = np.stack([_squared_distance(section, reach) for section in inside])
     else:
         squared = _squared_distance(inside, reach)
-    return HeightMap(reach * reach - squared, 1)
+    return without_walls(reach * reach - squared, 1)
 
 
 def _squared_distance(inside: Mask, reach: int) -> Heights:
@@ -109,8 +131,3 @@ def _squared_distance(inside: Mask, reach: int) -> Heights:
         return np.full(inside.shape, reach * reach, np.int32)
     distance = scipy.ndimage.distance_transform_edt(inside)
     return np.minimum(np.rint(distance * distance), reach * reach).astype(np.int32)
-
-
-def cropped(map_: HeightMap, kept: Slices) -> HeightMap:
-    """The part of a height map."""
-    return HeightMap(np.ascontiguousarray(map_.heights[kept]), map_.scale)

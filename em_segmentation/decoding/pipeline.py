@@ -3,6 +3,8 @@
 Fragments come from a watershed of the boundary's height; they are merged by the affinities across their contacts.
 """
 
+import dataclasses
+
 import numpy as np
 import numpy.typing as npt
 
@@ -17,11 +19,19 @@ from em_segmentation.decoding.cleaning import (
     without_small,
 )
 from em_segmentation.decoding.components import affinity_components
-from em_segmentation.decoding.heights import HeightMap, Mask, boundary_sum, distance_height, foreground, smoothed
+from em_segmentation.decoding.heights import (
+    HeightMap,
+    Mask,
+    boundary_sum,
+    distance_height,
+    foreground,
+    smoothed,
+)
 from em_segmentation.decoding.links import Volume
 from em_segmentation.decoding.mutex import mutex_watershed
 from em_segmentation.decoding.region_graph import Ids, RegionGraph, empty_graph, region_graph, relabelled_graph
 from em_segmentation.decoding.settings import Settings
+from em_segmentation.decoding.walls import walls_between
 from em_segmentation.decoding.watershed import watershed
 
 
@@ -63,17 +73,19 @@ def check_input(num_channels: int, dtype: np.dtype[np.generic], settings: Settin
 def fragments_of(volume: Volume, settings: Settings) -> Ids:
     """The watershed's fragments [z, y, x] 1..n."""
     height_map, mask = heights_of(volume, settings)
-    return watershed(height_map.heights, mask, settings.axes, settings.min_depth * height_map.scale)
+    return watershed(height_map, mask, settings.axes, settings.min_depth * height_map.scale)
 
 
 def heights_of(volume: Volume, settings: Settings) -> tuple[HeightMap, Mask]:
     """What is flooded, and where."""
-    summed = boundary_sum(volume, settings.links)
+    summed = boundary_sum(volume, settings.flooded_links)
     mask = foreground(summed, settings.foreground)
     if settings.height == "distance":
         inside = foreground(summed, settings.distance_threshold)
         summed = distance_height(inside, settings.distance_reach, settings.neighbours == "sections")
-    return smoothed(summed, settings.smoothing), mask
+        return smoothed(summed, settings.smoothing), mask
+    walls = walls_between(volume, settings.flooded_links, settings.wall)
+    return dataclasses.replace(smoothed(summed, settings.smoothing), walls=walls), mask
 
 
 def objects_of_fragments(
@@ -104,7 +116,7 @@ def cleaned_mapping(mapping: Ids, sizes: npt.NDArray[np.int64], graph: RegionGra
 
 def _components(volume: Volume, settings: Settings, threshold: int) -> Compact:
     """Components of strong affinities, small ones removed."""
-    labels = affinity_components(volume, settings.component_links, threshold)
+    labels = affinity_components(volume, settings.flooded_links, threshold)
     sizes = label_sizes(labels, int(labels.max(initial=0)))
     ids, _ = numbered_by_appearance(without_small(sizes, settings.min_size), first_voxels(labels, len(sizes) - 1))
     return np.take(ids, labels)

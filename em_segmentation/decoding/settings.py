@@ -4,6 +4,7 @@ import dataclasses
 
 from common.errors import config_error
 from em_segmentation.decoding.agglomeration import MEAN
+from em_segmentation.decoding.heights import LARGEST_HEIGHT
 from em_segmentation.decoding.links import FULL, STORED_AT, Link, Triple, affinity_links, boundary_links
 from em_segmentation.decoding.watershed import SECTION_AXES, VOLUME_AXES
 
@@ -27,10 +28,11 @@ class Settings:
     offsets: tuple[Triple, ...] = ((1, 0, 0), (0, 1, 0), (0, 0, 1))  # of the channels (z, y, x); unused for boundary
     stored_at: str = "source"  # aff[c, v] joins v and v + offset; destination: v - offset and v
     foreground: int = 0  # least mean affinity of a voxel's links; 0: every voxel belongs to an object
-    neighbours: str = "volume"  # volume: fragments are 3D | sections: 2D, joined across sections by affinity only
+    neighbours: str = "volume"  # volume: 3D fragments | sections: 2D ones, of in-plane channels alone, then joined
     height: str = "boundary"  # what is flooded: boundary | distance (to the boundary, from its midlines down)
     distance_threshold: int = 128  # least mean affinity inside; for height = distance
     distance_reach: int = 16  # voxels; larger distances count as this one
+    wall: int = 128  # ways through an affinity below it pass at least at its height, however thin the boundary; 0: none
     smoothing: Triple = (1, 1, 1)  # radius (voxels) of the binomial window along z, y, x
     min_depth: int = 5  # of a fragment's valley in steps of boundary probability (distance: in voxels squared)
     linkage: str = "mean"  # affinity of two fragments: mean | quantile
@@ -46,7 +48,7 @@ class Settings:
             for name, names in CHOICES.items()
             if getattr(self, name) not in names
         ]
-        limits = {"foreground": FULL, "distance_threshold": FULL, "quantile": 100, "threshold": FULL}
+        limits = {"foreground": FULL, "wall": FULL, "distance_threshold": FULL, "quantile": 100, "threshold": FULL}
         wrong += [
             f"decoding.{name}: {getattr(self, name)} (expected 0 to {most}): correct it"
             for name, most in limits.items()
@@ -56,6 +58,8 @@ class Settings:
             wrong.append(f"decoding.bins: {self.bins} (expected 1, 2, 4 ... 256): correct it")
         if min(*self.smoothing, self.min_depth, self.min_size) < 0 or self.distance_reach < 1:
             wrong.append("decoding: smoothing, min_depth or min_size below 0 or distance_reach below 1: correct it")
+        if not wrong and self.largest_height >= LARGEST_HEIGHT:
+            wrong.append(f"decoding.smoothing: {self.smoothing} overflows 32 bits (with these heights): smooth less")
         if self.method == "components" and self.min_size > 1 and self.small == "join":
             wrong.append("decoding.small: join (expected remove with method = components): components touch nothing")
         if wrong:
@@ -72,8 +76,8 @@ class Settings:
         return tuple(link for link in self.links if link.is_direct)
 
     @property
-    def component_links(self) -> tuple[Link, ...]:
-        """Of direct neighbours along the axes that objects extend along."""
+    def flooded_links(self) -> tuple[Link, ...]:
+        """Of direct neighbours along the axes that fragments extend along; alone they make the height."""
         return tuple(link for link in self.direct_links if link.offset.index(1) in self.axes)
 
     @property
@@ -82,9 +86,14 @@ class Settings:
         return VOLUME_AXES if self.neighbours == "volume" else SECTION_AXES
 
     @property
+    def largest_height(self) -> int:
+        """Above all heights that can occur."""
+        return self.height_scale * (self.distance_reach**2 if self.height == "distance" else FULL)
+
+    @property
     def height_scale(self) -> int:
         """Heights per step of boundary probability (distance: per square voxel)."""
-        terms = 1 if self.input == "boundary" or self.height == "distance" else 2 * len(self.direct_links)
+        terms = 1 if self.input == "boundary" or self.height == "distance" else 2 * len(self.flooded_links)
         return terms << 2 * sum(self.smoothing)
 
     @property

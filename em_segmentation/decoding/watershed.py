@@ -12,13 +12,14 @@ import numpy.typing as npt
 import scipy.sparse
 import scipy.sparse.csgraph
 
-from em_segmentation.decoding.heights import CACHED_VOXELS, LARGEST_HEIGHT, Heights, Mask
+from em_segmentation.decoding.heights import CACHED_VOXELS, LARGEST_HEIGHT, HeightMap, Heights, Mask
 from em_segmentation.decoding.links import STEPS, Triple, shape_of, sides
 
 Labels = npt.NDArray[np.int32]
 Index = npt.NDArray[np.int64]
 Flow = npt.NDArray[np.signedinteger]  # linear indices, of 32 bits where they suffice
 Codes = npt.NDArray[np.uint8]
+NO_WAY = 2**31 - 1
 SELF = 3  # codes of directions 0..6 ascend with the neighbour's linear index: -z -y -x self +x +y +z
 VOLUME_AXES = (0, 1, 2)
 SECTION_AXES = (1, 2)
@@ -52,31 +53,32 @@ class Passes:
         return Passes(self.low[kept], self.high[kept], self.key[kept], self.unit)
 
 
-def watershed(heights: Heights, mask: Mask, axes: tuple[int, ...], min_depth: int) -> Labels:
+def watershed(height_map: HeightMap, mask: Mask, axes: tuple[int, ...], min_depth: int) -> Labels:
     """Basins [z, y, x] numbered 1..n by their lowest voxels' linear index; 0 outside the mask.
 
     axes: of the faces that count, (0, 1, 2) or (1, 2) for every section by itself. Basins whose lowest pass lies at
     most min_depth above their lowest voxel are joined to the neighbour behind it, shallowest passes first; 0 joins
     plateaus only. Pruning by depth is that of Najman and Schmitt 1996 (dynamics), flooding that of Meyer 1994.
     """
-    labels, lowest = basins(heights, mask, axes)
-    shape = shape_of(heights)
-    passes = find_passes(labels, heights, lowest + np.int32(min_depth), axes, (0, 0, 0), shape, (0, 0, 0), shape)
+    labels, lowest = basins(height_map, mask, axes)
+    shape = shape_of(labels)
+    passes = find_passes(labels, height_map, ceilings(lowest, min_depth), axes, (0, 0, 0), shape, (0, 0, 0), shape)
     target = merge_shallow(passes, lowest, np.zeros(len(lowest), np.bool_), min_depth)
     mapping = compacted(target)
     return mapping[labels]
 
 
-def seeded_watershed(heights: Heights, seeds: Labels, mask: Mask, axes: tuple[int, ...]) -> Labels:
+def seeded_watershed(height_map: HeightMap, seeds: Labels, mask: Mask, axes: tuple[int, ...]) -> Labels:
     """Every voxel of the mask that can be reached from a seed takes the seed's label; the others are 0.
 
     seeds [z, y, x]: 0 or a label, any number of voxels per label. A voxel descends until it meets a seed or the floor
     of a basin; basins without a seed join the neighbour behind their lowest pass until one with a seed is reached:
     the minimum spanning forest of basins rooted in the seeds (Meyer 1994; Cousty et al. 2009).
     """
-    raised = heights + np.int32(1)
+    heights = height_map.heights
     floor = np.int32(heights.min() if heights.size else 0)
-    sown = np.where(seeds > 0, floor, raised)  # seeds are the lowest of all, so that no path runs past one
+    raised = np.where(seeds > 0, floor, heights + np.int32(1))  # seeds are the lowest, so that no way runs past one
+    sown = dataclasses.replace(height_map, heights=raised)
     codes = directions(sown, mask, axes)
     codes[(seeds > 0) & mask] = SELF
     parent = descend(codes)
@@ -94,13 +96,18 @@ def seeded_watershed(heights: Heights, seeds: Labels, mask: Mask, axes: tuple[in
     return target[labels]
 
 
-def basins(heights: Heights, mask: Mask, axes: tuple[int, ...]) -> tuple[Labels, Heights]:
+def basins(height_map: HeightMap, mask: Mask, axes: tuple[int, ...]) -> tuple[Labels, Heights]:
     """Basins [z, y, x] 1..n in the order of their lowest voxels, and the heights of these (n + 1,), first of label 0."""
-    parent = descend(directions(heights, mask, axes))
+    parent = descend(directions(height_map, mask, axes))
     roots = np.flatnonzero(parent == np.arange(parent.size, dtype=parent.dtype))
     roots = roots[mask.reshape(-1)[roots]]
     labels = labels_of_roots(parent, roots, np.arange(1, len(roots) + 1, dtype=np.int32), mask)
-    return labels, np.concatenate([np.zeros(1, np.int32), heights.reshape(-1)[roots]])
+    return labels, np.concatenate([np.zeros(1, np.int32), height_map.heights.reshape(-1)[roots]])
+
+
+def ceilings(lowest: Heights, min_depth: int) -> Heights:
+    """How high the passes are that can matter to basins with these floors (num_labels,)."""
+    return lowest + np.int32(min(min_depth, LARGEST_HEIGHT))
 
 
 def labels_of_roots(parent: Flow, roots: Index, number: Labels, mask: Mask) -> Labels:
@@ -110,8 +117,9 @@ def labels_of_roots(parent: Flow, roots: Index, number: Labels, mask: Mask) -> L
     return np.take(table, parent).reshape(mask.shape)
 
 
-def directions(heights: Heights, mask: Mask, axes: tuple[int, ...]) -> Codes:
+def directions(height_map: HeightMap, mask: Mask, axes: tuple[int, ...]) -> Codes:
     """The code of each voxel's lowest face neighbour, or SELF where it is a minimum or outside the mask [z, y, x]."""
+    heights = height_map.heights
     assert heights.size == 0 or int(heights.max()) < LARGEST_HEIGHT, "Heights leave no room for the direction's bits"
     codes = np.empty(heights.shape, np.uint8)
     depth = max(1, CACHED_VOXELS // max(1, heights[0].size)) if len(heights) else 1
@@ -119,19 +127,28 @@ def directions(heights: Heights, mask: Mask, axes: tuple[int, ...]) -> Codes:
         last = min(first + depth, len(heights))
         begin, end = max(0, first - 1), min(last + 1, len(heights))
         ranked = np.where(mask[begin:end], heights[begin:end], np.int32(LARGEST_HEIGHT - 1)) << 3
-        best = _lowest_neighbours(ranked, axes)[first - begin : last - begin]
+        whole = slice(begin, end), slice(0, heights.shape[1]), slice(0, heights.shape[2])
+        best = _lowest_neighbours(ranked, axes, height_map.part(whole))[first - begin : last - begin]
         codes[first:last] = best.astype(np.uint8) & 7
     codes[~mask] = SELF
     return codes
 
 
-def _lowest_neighbours(ranked: Heights, axes: tuple[int, ...]) -> Heights:
-    """The least of height * 8 + code over a voxel and its neighbours [z, y, x]; codes break ties by linear index."""
+def _lowest_neighbours(ranked: Heights, axes: tuple[int, ...], slab: HeightMap) -> Heights:
+    """The least of height * 8 + code over a voxel and its neighbours [z, y, x]; codes break ties by linear index.
+
+    ranked: height * 8. Neighbours behind a wall that is higher than the voxel do not count.
+    """
     best = ranked + SELF
     for axis in axes:
         lower, upper = sides((0, 0, 0), shape_of(ranked), shape_of(ranked), STEPS[axis])
-        np.minimum(best[upper], ranked[lower] + axis, out=best[upper])
-        np.minimum(best[lower], ranked[upper] + (6 - axis), out=best[lower])
+        from_upper, from_lower = ranked[lower] + axis, ranked[upper] + (6 - axis)
+        if len(slab.walls):
+            wall = slab.wall_heights(axis, lower) << 3
+            from_upper[wall > ranked[upper]] = NO_WAY
+            from_lower[wall > ranked[lower]] = NO_WAY
+        np.minimum(best[upper], from_upper, out=best[upper])
+        np.minimum(best[lower], from_lower, out=best[lower])
     return best
 
 
@@ -186,7 +203,7 @@ def _through_stops(parent: Flow, stops: Index, beyond: Index) -> Flow:
 
 def find_passes(
     labels: Labels,
-    heights: Heights,
+    height_map: HeightMap,
     ceiling: Heights,
     axes: tuple[int, ...],
     start: Triple,
@@ -196,13 +213,13 @@ def find_passes(
 ) -> Passes:
     """Contacts between different basins across faces whose lower voxel lies from start to before stop.
 
-    labels, heights: of a box [z, y, x] whose first voxel is at `corner` of the whole volume, of shape `volume`.
+    labels, height_map: of a box [z, y, x] whose first voxel is at `corner` of the whole volume, of shape `volume`.
     ceiling (num_labels,): contacts higher than those of both labels are left out.
     """
     box = shape_of(labels)
     voxels = volume[0] * volume[1] * volume[2]
     unit = 3 * voxels
-    assert heights.size == 0 or int(heights.max()) * unit < 2**63, "The volume is too large for 64-bit keys"
+    assert LARGEST_HEIGHT * unit < 2**63, "The volume is too large for 64-bit keys"
     lows, highs, keys = [], [], []
     for axis in axes:
         lower, upper = sides(start, stop, box, STEPS[axis])
@@ -210,7 +227,10 @@ def find_passes(
             low, high = labels[slab_lower], labels[slab_upper]
             met = np.flatnonzero((low != high) & (low != 0) & (high != 0))
             low, high = low.reshape(-1)[met], high.reshape(-1)[met]
-            passed = np.maximum(heights[slab_lower].reshape(-1)[met], heights[slab_upper].reshape(-1)[met])
+            heights = np.maximum(height_map.heights[slab_lower], height_map.heights[slab_upper])
+            if len(height_map.walls):
+                np.maximum(heights, height_map.wall_heights(axis, slab_lower), out=heights)
+            passed = heights.reshape(-1)[met]
             open_ = np.flatnonzero(passed <= np.maximum(ceiling[low], ceiling[high]))
             lows.append(low[open_])
             highs.append(high[open_])

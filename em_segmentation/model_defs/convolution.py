@@ -10,6 +10,11 @@ LAYOUT = torch.channels_last_3d
 EPSILON = 1e-5  # added to variances
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """The same values, the channels of a cell side by side in memory; no copy where they are."""
+    return x.contiguous(memory_format=LAYOUT)
+
+
 def autocast_type(x: Tensor) -> torch.dtype:
     """The type that a convolution of x computes in."""
     device = x.device.type
@@ -19,20 +24,23 @@ def autocast_type(x: Tensor) -> torch.dtype:
 class Conv3d(nn.Conv3d):
     """A convolution whose bfloat16 weight gradient can be trusted on a CPU too.
 
-    torch 2.13 (oneDNN) computes wrong ones, from uninitialised memory, where a map has 1 < z < kernel or a kernel above
-    3 (or a stride) meets a thinner map, and sometimes writes beyond its buffer. So while training in bfloat16 on a CPU,
-    a map with an edge of at most the kernel's is convolved in float32; such maps are small.
+    Those of torch 2.13 (oneDNN, AVX-512) are wrong, from uninitialised memory, where a kernel above 1 is wider than the
+    map: always with 1 < z < kernel, for strides or kernels above 3 also along y and x, some then write beyond their
+    buffer and end the process. No such case was met with every edge above the kernel's. So while training in bfloat16
+    on a CPU, a map with an edge of at most the kernel's is convolved in float32; such maps are small.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in, z, y, x) -> (B, out, ...)."""
-        if not self._needs_float32(x):
-            return super().forward(x)
+        """(B, in, z, y, x) -> (B, out, ...), channels last even where torch would fall back to channels first."""
+        if not self.needs_float32(x):
+            return channels_last(super().forward(x))
         with torch.autocast("cpu", enabled=False):
             bias = None if self.bias is None else self.bias.float()
-            return self._conv_forward(x.float(), self.weight.float(), bias).to(torch.bfloat16)
+            convolved: Tensor = self._conv_forward(x.float(), self.weight.float(), bias)
+        return channels_last(convolved).to(torch.bfloat16)
 
-    def _needs_float32(self, x: Tensor) -> bool:
+    def needs_float32(self, x: Tensor) -> bool:
+        """Whether the weight gradient of x (B, in, z, y, x) could be wrong in the type that autocast chooses."""
         thin = any(k > 1 and n <= k for n, k in zip(x.shape[2:], self.kernel_size, strict=True))
         return thin and x.device.type == "cpu" and torch.is_grad_enabled() and autocast_type(x) == torch.bfloat16
 
@@ -45,12 +53,28 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class Pointwise(nn.Conv3d):
     """A 1^3 convolution; channels-last layout makes the matrix product the faster form."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 1)
+    def __init__(self, in_channels: int, out_channels: int, bias: bool) -> None:
+        super().__init__(in_channels, out_channels, 1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, z, y, x) -> (B, out, z, y, x)."""
         return pointwise(x, self.weight.flatten(1), self.bias)
+
+
+class Doubling(nn.ConvTranspose3d):
+    """A transposed 2^3 convolution to twice the size: one matrix product, as no two cells write to the same place."""
+
+    def __init__(self, in_channels: int, out_channels: int, bias: bool) -> None:
+        super().__init__(in_channels, out_channels, 2, stride=2, bias=bias)
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """(B, in, z, y, x) -> (B, out, 2z, 2y, 2x)."""
+        batch, (z, y, x_size), out = len(x), x.shape[2:], self.out_channels
+        weight = self.weight.permute(2, 3, 4, 1, 0).flatten(0, 3)  # (2 * 2 * 2 * out, in)
+        bias = None if self.bias is None else self.bias.repeat(8)
+        cells = nn.functional.linear(x.movedim(1, -1), weight, bias).view(batch, z, y, x_size, 2, 2, 2, out)
+        apart = cells.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(batch, 2 * z, 2 * y, 2 * x_size, out)
+        return apart.movedim(-1, 1)
 
 
 class DepthwiseConv3d(nn.Conv3d):
@@ -75,14 +99,14 @@ class DepthwiseConv3d(nn.Conv3d):
         """(B, C, 2n...) -> (B, C, n...)."""
         if x.device.type == "cpu":
             return depthwise(x, self.weight, self.bias)[:, :, ::2, ::2, ::2]
-        return nn.functional.conv3d(x, self.weight, self.bias, 2, self.padding, groups=len(self.weight))  # type: ignore[arg-type]
+        return nn.functional.conv3d(x, self.weight, self.bias, 2, self.padding, groups=len(self.weight))
 
     def doubling(self, x: Tensor) -> Tensor:
         """(B, C, n...) -> (B, C, 2n - 1...)."""
         if x.device.type != "cpu":
             return nn.functional.conv_transpose3d(x, self.weight, self.bias, 2, self.padding, groups=len(self.weight))  # type: ignore[arg-type]
         size = [2 * n - 1 for n in x.shape[2:]]
-        apart = x.new_zeros(*x.shape[:2], *size).contiguous(memory_format=LAYOUT)
+        apart = channels_last(x.new_zeros(*x.shape[:2], *size))
         apart[:, :, ::2, ::2, ::2] = x
         return depthwise(apart, self.weight.flip(2, 3, 4), self.bias)
 
@@ -109,10 +133,34 @@ class InstanceNorm(nn.Module):
         """(B, C, z, y, x) -> the same shape; the statistics are float32 in every precision; one cell becomes 0."""
         if x[0, 0].numel() == 1:
             return x - x if self.bias is None else x - x + self.bias.view(-1, 1, 1, 1)
-        normalized = [
-            nn.functional.batch_norm(one, None, None, self.weight, self.bias, True, 0.0, EPSILON) for one in x.split(1)
-        ]
+        normalized = [self._of_one(one) for one in torch.split(x, 1)]
         return normalized[0] if len(normalized) == 1 else torch.cat(normalized)
+
+    def _of_one(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and x.dtype == torch.float32:
+            return _ExactNorm.apply(x, self.weight, self.bias)  # type: ignore[no-any-return, no-untyped-call]
+        return nn.functional.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, EPSILON)
+
+
+class _ExactNorm(torch.autograd.Function):
+    """Batch norm in float32 with pairwise sums: torch's own adds cell after cell, which costs 1e-4 of the deviation."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        mean = x.mean((0, 2, 3, 4))
+        variance = (x - mean.view(-1, 1, 1, 1)).square_().mean((0, 2, 3, 4))
+        ctx.save_for_backward(x, weight, mean, (variance + EPSILON).rsqrt_())
+        return nn.functional.batch_norm(x, mean, variance, weight, bias, False, 0.0, EPSILON)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        x, weight, mean, scale = ctx.saved_tensors
+        gradient = channels_last(gradient)
+        wanted = [True, weight is not None, weight is not None]
+        backward = torch.ops.aten.native_batch_norm_backward
+        by_x, by_weight, by_bias = backward(gradient, x, weight, None, None, mean, scale, True, EPSILON, wanted)
+        return by_x, by_weight if weight is not None else None, by_bias if weight is not None else None
 
 
 class _Depthwise(torch.autograd.Function):
@@ -120,15 +168,15 @@ class _Depthwise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=LAYOUT)
+        x = channels_last(x)
         ctx.save_for_backward(x, weight)
         return _depthwise(x, weight, bias)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         x, weight = ctx.saved_tensors
-        gradient = gradient.contiguous(memory_format=LAYOUT)
+        gradient = channels_last(gradient)
         by_x = _depthwise(gradient, weight.flip(2, 3, 4), None) if ctx.needs_input_grad[0] else None
         by_weight = depthwise_weight_gradient(x, gradient, weight.shape[2])
         by_bias = gradient.sum((0, 2, 3, 4), dtype=torch.float32).to(gradient.dtype)
@@ -152,7 +200,7 @@ def depthwise_weight_gradient(x: Tensor, gradient: Tensor, kernel: int) -> Tenso
     for first in range(0, kernel, 3):
         columns = min(3, kernel - first)
         seen = wide[..., first : first + x.shape[4] + columns - 1] if kernel > 3 else x
-        seen = seen.contiguous(memory_format=LAYOUT)
+        seen = channels_last(seen)
         weight = x.new_empty(x.shape[1], 1, kernel, columns)
         for sample, its_gradient in zip(seen, gradient, strict=True):
             images, its_images = sample.transpose(0, 1), its_gradient.transpose(0, 1)  # (z, C, y, x), channels last

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common.errors import data_error
-from em_segmentation.model_defs.convolution import LAYOUT, DepthwiseConv3d, InstanceNorm, Pointwise, pointwise
+from em_segmentation.model_defs.convolution import DepthwiseConv3d, InstanceNorm, Pointwise, channels_last, pointwise
 
 LEVELS = 5
 STEP = 2 ** (LEVELS - 1)  # voxels that every edge is a multiple of
@@ -50,8 +50,8 @@ class Bottleneck(nn.Module):
         hidden = expansion * in_channels
         self.depthwise = DepthwiseConv3d(in_channels, kernel_size)
         self.norm = InstanceNorm(in_channels, True)
-        self.expand = Pointwise(in_channels, hidden)
-        self.compress = Pointwise(hidden, out_channels)
+        self.expand = Pointwise(in_channels, hidden, True)
+        self.compress = Pointwise(hidden, out_channels, True)
         self.grn_scale = nn.Parameter(torch.zeros(1, hidden, 1, 1, 1)) if grn else None
         self.grn_shift = nn.Parameter(torch.zeros(1, hidden, 1, 1, 1)) if grn else None
 
@@ -85,7 +85,7 @@ class Down(Bottleneck):
 
     def __init__(self, channels: int, kernel_size: int, expansion: int) -> None:
         super().__init__(channels, 2 * channels, kernel_size, expansion, False)
-        self.residual = Pointwise(channels, 2 * channels)
+        self.residual = Pointwise(channels, 2 * channels, True)
 
     def forward(self, x: Tensor) -> Tensor:
         residual: Tensor = self.residual(x[:, :, ::2, ::2, ::2])
@@ -146,7 +146,7 @@ class MedNeXt(nn.Module):
             assert len(values) == stages, f"Expected {stages} {name}, got {values}"
         levels = [*range(LEVELS), *reversed(range(LEVELS - 1))]  # of the nine stages
         widths = [base_channels * 2**level for level in levels]
-        self.stem = Pointwise(in_channels, base_channels)
+        self.stem = Pointwise(in_channels, base_channels, True)
         self.stages = nn.ModuleList(
             nn.ModuleList(Block(width, kernel_size, expansion, grn) for _ in range(count))
             for width, expansion, count in zip(widths, expansions, blocks, strict=True)
@@ -160,7 +160,7 @@ class MedNeXt(nn.Module):
 
     def forward(self, volume: Tensor) -> Tensor | list[Tensor]:
         assert all(n % STEP == 0 for n in volume.shape[2:]), f"Expected multiples of {STEP}, got {tuple(volume.shape)}"
-        x = self.stem(volume.contiguous(memory_format=LAYOUT))
+        x = self.stem(channels_last(volume))
         levels = []
         for stage, down in zip(self.stages, self.downs, strict=False):
             levels.append(self._through(stage, x))

@@ -18,6 +18,7 @@ from em_segmentation.model_defs.unetr import UNETR
 from em_segmentation.model_defs.unets import BasicUNet3d, ResidualUNet3d
 from em_segmentation.targets import num_channels
 
+KIND = "em_segmentation"  # of checkpoints with weights of these networks
 Triple = tuple[int, int, int]
 Builder = Callable[[Config, int], nn.Module]  # the config and the number of output channels
 ALIASES = {
@@ -63,6 +64,7 @@ def build_basic_unet(config: Config, out_channels: int) -> nn.Module:
         raise config_error(
             f"model.filters: basic_unet3d takes 6 numbers (five levels and the last), got {list(filters)}"
         )
+    check_least(config, 16)
     six = (filters[0], filters[1], filters[2], filters[3], filters[4], filters[5])
     return BasicUNet3d(config.model.in_channels, out_channels, six, config.model.dropout)
 
@@ -76,7 +78,12 @@ def build_unet(config: Config, out_channels: int) -> nn.Module:
 
 def build_unetr(config: Config, out_channels: int) -> nn.Module:
     check_multiple(config, 16)
-    model = config.model
+    model, window = config.model, config.inference.window_size
+    if window not in (None, config.data.patch_size):
+        raise config_error(
+            f"inference.window_size: unetr knows positions of its patches only; expected null, or "
+            f"{list(config.data.patch_size)} as data.patch_size"
+        )
     return UNETR(model.in_channels, out_channels, config.data.patch_size, model.feature_size, model.dropout)
 
 
@@ -123,8 +130,16 @@ def build_mednext_custom(config: Config, out_channels: int) -> nn.Module:
 def build_rsunet(config: Config, out_channels: int) -> nn.Module:
     model, voxel_size = config.model, config.data.voxel_size_nm
     assert voxel_size is not None, "Expected a config whose voxel size was read from the volumes"
-    kernel_z = model.kernel_z if model.kernel_z else kernels_along_z(voxel_size, len(model.filters))
-    return RSUNet(model.in_channels, out_channels, model.filters, kernel_z, model.norm)
+    cell = (voxel_size[0] * model.fold[0], voxel_size[1] * model.fold[1], voxel_size[2] * model.fold[2])  # nm
+    kernel_z = model.kernel_z if model.kernel_z else kernels_along_z(cell, len(model.filters))
+    network = RSUNet(model.in_channels, out_channels, model.fold, model.filters, kernel_z, model.norm)
+    coarsest = [-(-n // step) for n, step in zip(config.data.patch_size, network.alignment, strict=True)]
+    if coarsest == [1, 1, 1] and model.norm == "batch":
+        raise config_error(
+            f"data.patch_size: {list(config.data.patch_size)} is a single voxel at the last of {len(model.filters)} levels; "
+            "give larger patches, or fewer model.filters"
+        )
+    return network
 
 
 ARCHITECTURES: dict[str, Builder] = {
@@ -136,16 +151,39 @@ ARCHITECTURES: dict[str, Builder] = {
     "mednext_custom": build_mednext_custom,
     "rsunet": build_rsunet,
 }
+ONE_SCALE = (build_basic_unet, build_unet, build_unetr, build_swin_unetr, build_rsunet)
+
+
+def edges(config: Config) -> dict[str, Triple]:
+    """What a network is given while training and at inference."""
+    sizes = {"data.patch_size": config.data.patch_size, "inference.window_size": config.inference.window_size}
+    return {name: size for name, size in sizes.items() if size is not None}
+
+
+def check_least(config: Config, least: int) -> None:
+    """A config error where patches or windows are too small for a network's levels."""
+    for name, size in edges(config).items():
+        if min(size) < least:
+            raise config_error(
+                f"{name}: {config.model.architecture} takes at least {least} voxels along each axis, got {list(size)}"
+            )
 
 
 def check_multiple(config: Config, multiple: int) -> None:
     """A config error where a network's levels do not fit into patches and windows."""
-    windows = {"data.patch_size": config.data.patch_size, "inference.window_size": config.inference.window_size}
-    for name, size in windows.items():
-        if size is not None and any(edge % multiple for edge in size):
+    for name, size in edges(config).items():
+        if any(edge % multiple for edge in size):
             raise config_error(
                 f"{name}: {config.model.architecture} takes multiples of {multiple} voxels, got {list(size)}"
             )
+
+
+def check_scales(config: Config, builder: Builder) -> None:
+    """A config error where deep supervision is asked of a network of ours that has one scale."""
+    if config.model.deep_supervision and builder in ONE_SCALE:
+        raise config_error(
+            f"model.deep_supervision: {config.model.architecture} has one scale; expected false, or mednext"
+        )
 
 
 def list_architectures() -> list[str]:
@@ -186,6 +224,6 @@ def build_model(config: Config) -> SegmentationModel:
             f"model.out_channels: {', '.join(config.targets.names)} need {needed}, got {config.model.out_channels}; "
             "expected that number, or 0"
         )
-    return SegmentationModel(
-        config.model.architecture, get_architecture_builder(config.model.architecture)(config, needed)
-    )
+    builder = get_architecture_builder(config.model.architecture)
+    check_scales(config, builder)
+    return SegmentationModel(config.model.architecture, builder(config, needed))

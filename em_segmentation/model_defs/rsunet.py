@@ -43,17 +43,27 @@ class ResidualModule(nn.Module):
 class RSUNet(nn.Module):
     """(B, in, z, y, x) -> (B, out, z, y, x), any size; the last strip of an odd map is pooled by itself.
 
-    filters: per level, finest first. kernel_z: 1 or 3 per level; a level with 1 is pooled in plane only.
-    halo and alignment: how far, in voxels z, y, x, an output looks (None: at the whole tile), and where tiles may begin.
+    fold: voxels along z, y, x that become channels of one cell before the first level, and come back at the end: (1, 2, 2)
+    makes a network four times as fast that still draws at full resolution (Shi et al. 2016). filters: per level, finest
+    first. kernel_z: 1 or 3 per level; a level with 1 is pooled in plane only. halo and alignment: how far, in voxels z, y,
+    x, an output looks (None: at the whole tile), and where tiles may begin.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, filters: tuple[int, ...], kernel_z: tuple[int, ...], norm: NormName
+        self,
+        in_channels: int,
+        out_channels: int,
+        fold: Triple,
+        filters: tuple[int, ...],
+        kernel_z: tuple[int, ...],
+        norm: NormName,
     ) -> None:
         super().__init__()
         assert len(kernel_z) == len(filters), f"Expected one kernel per level, got {kernel_z} for {filters}"
+        self.fold = fold
+        folded = fold[0] * fold[1] * fold[2]
         kernels: list[Triple] = [(edge, 3, 3) for edge in kernel_z]
-        widths = [in_channels, *filters]
+        widths = [in_channels * folded, *filters]
         self.downs = nn.ModuleList(
             ResidualModule(widths[level], widths[level + 1], kernel, norm) for level, kernel in enumerate(kernels)
         )
@@ -63,21 +73,12 @@ class RSUNet(nn.Module):
         self.ups = nn.ModuleList(
             ResidualModule(filters[level], filters[level], kernels[level], norm) for level in finer
         )
-        self.head = Conv3d(filters[0], out_channels, 1)
-        reach, scale = [0, 0, 0], [1, 1, 1]
-        for level, kernel in enumerate(kernels):
-            convolutions = 2 if level == len(kernels) - 1 else 4  # down and up
-            for axis in range(3):
-                reach[axis] += convolutions * (kernel[axis] // 2) * scale[axis]
-                if level < len(self.factors):
-                    reach[axis] += 2 * (self.factors[level][axis] - 1) * scale[axis]
-                    scale[axis] *= self.factors[level][axis]
-        # statistics of a group norm come from the whole tile
-        self.halo: Triple | None = (reach[0], reach[1], reach[2]) if norm == "batch" else None
-        self.alignment: Triple = (scale[0], scale[1], scale[2])
+        self.head = Conv3d(filters[0], out_channels * folded, 1)
+        halo, self.alignment = reach_of(fold, kernels, self.factors)
+        self.halo = halo if norm == "batch" else None  # statistics of a group norm come from the whole tile
 
-    def forward(self, x: Tensor) -> Tensor:
-        skips = []
+    def forward(self, volume: Tensor) -> Tensor:
+        x, skips = folded_in(volume, self.fold), []
         for level, down in enumerate(self.downs):
             x = down(x)
             if level < len(self.factors):
@@ -85,8 +86,44 @@ class RSUNet(nn.Module):
                 x = nn.functional.max_pool3d(x, self.factors[level], ceil_mode=True)
         for level in reversed(range(len(self.factors))):
             x = self.ups[level](skips[level] + doubled(self.raises[level](x), self.factors[level], skips[level].shape))
-        logits: Tensor = self.head(x)
-        return logits
+        logits: Tensor = folded_out(self.head(x), self.fold)
+        return logits[:, :, : volume.shape[2], : volume.shape[3], : volume.shape[4]]
+
+
+def reach_of(fold: Triple, kernels: list[Triple], factors: list[Triple]) -> tuple[Triple, Triple]:
+    """How far an output looks to either side, and the edge of the coarsest cell, in voxels z, y, x."""
+    reach, scale = [edge - 1 for edge in fold], list(fold)
+    for level, kernel in enumerate(kernels):
+        convolutions = 2 if level == len(kernels) - 1 else 4  # down and up
+        for axis in range(3):
+            reach[axis] += convolutions * (kernel[axis] // 2) * scale[axis]
+            if level < len(factors):
+                reach[axis] += 2 * (factors[level][axis] - 1) * scale[axis]
+                scale[axis] *= factors[level][axis]
+    return (reach[0], reach[1], reach[2]), (scale[0], scale[1], scale[2])
+
+
+def folded_in(x: Tensor, fold: Triple) -> Tensor:
+    """(B, C, z, y, x) -> (B, C fz fy fx, z/fz, y/fy, x/fx), rounded up; the last voxels are repeated to fill a cell."""
+    if fold == (1, 1, 1):
+        return x
+    missing = [-n % edge for n, edge in zip(x.shape[2:], fold, strict=True)]
+    if any(missing):
+        x = nn.functional.pad(x, (0, missing[2], 0, missing[1], 0, missing[0]), "replicate")
+    batch, channels, *size = x.shape
+    z, y, width = (n // edge for n, edge in zip(size, fold, strict=True))
+    cells = x.reshape(batch, channels, z, fold[0], y, fold[1], width, fold[2])
+    ordered = cells.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(batch, z, y, width, -1)  # channels last in memory
+    return ordered.permute(0, 4, 1, 2, 3)
+
+
+def folded_out(x: Tensor, fold: Triple) -> Tensor:
+    """(B, C fz fy fx, z, y, x) -> (B, C, z fz, y fy, x fx)."""
+    if fold == (1, 1, 1):
+        return x
+    batch, channels, z, y, width = x.shape
+    cells = x.reshape(batch, -1, *fold, z, y, width).permute(0, 1, 5, 2, 6, 3, 7, 4)
+    return cells.reshape(batch, channels // (fold[0] * fold[1] * fold[2]), z * fold[0], y * fold[1], width * fold[2])
 
 
 def doubled(x: Tensor, factors: Triple, shape: torch.Size) -> Tensor:

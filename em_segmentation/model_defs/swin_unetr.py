@@ -10,7 +10,7 @@ import re
 import torch
 from torch import Tensor, nn
 
-from em_segmentation.model_defs.convolution import LAYOUT, Pointwise
+from em_segmentation.model_defs.convolution import Conv3d, Pointwise, channels_last
 from em_segmentation.model_defs.unetr import ResidualBlock, UpBlock
 from em_segmentation.model_defs.window_attention import window_attention
 
@@ -108,7 +108,8 @@ class SwinBlock(nn.Module):
         # of smaller windows the reference takes the first n cells of the full one: kept, for its weights to mean the same
         bias = self.position_bias[self.relative_position[:n, :n].reshape(-1)].view(n, n, -1).permute(2, 0, 1)
         kinds = windows.kinds.repeat(count // len(windows.kinds))
-        return window_attention(qkv, bias.to(qkv.dtype).contiguous(), windows.masks.to(qkv.dtype), kinds)
+        heads: Tensor = window_attention(qkv, bias.to(qkv.dtype).contiguous(), windows.masks.to(qkv.dtype), kinds)
+        return heads
 
 
 def relative_position() -> Tensor:
@@ -116,7 +117,8 @@ def relative_position() -> Tensor:
     axis = torch.arange(WINDOW)
     cells = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij")).flatten(1)  # (3, n)
     z, y, x = cells[:, :, None] - cells[:, None] + WINDOW - 1  # (n, n) each, 0..12
-    return (z * (2 * WINDOW - 1) + y) * (2 * WINDOW - 1) + x
+    number: Tensor = (z * (2 * WINDOW - 1) + y) * (2 * WINDOW - 1) + x
+    return number
 
 
 class Stage(nn.Module):
@@ -147,7 +149,7 @@ class SwinUNETR(nn.Module):
         super().__init__()
         assert feature_size % 12 == 0, f"Expected a multiple of 12 features, got {feature_size}"
         f = feature_size
-        self.embed = nn.Conv3d(in_channels, f, 2, stride=2)
+        self.embed = Conv3d(in_channels, f, 2, stride=2)
         self.dropout = nn.Dropout(dropout)
         self.stages = nn.ModuleList(Stage(f * 2**i, heads, dropout) for i, heads in enumerate(HEADS))
         self.encoder = ResidualBlock(in_channels, f)  # of the volume itself
@@ -155,12 +157,12 @@ class SwinUNETR(nn.Module):
         self.bottom = ResidualBlock(16 * f, 16 * f)
         widths = (16 * f, 8 * f, 4 * f, 2 * f, f, f)
         self.ups = nn.ModuleList(UpBlock(widths[i], widths[i + 1]) for i in range(5))
-        self.head = Pointwise(f, out_channels)
+        self.head = Pointwise(f, out_channels, True)
 
     def forward(self, volume: Tensor) -> Tensor:
         assert all(n % STEP == 0 for n in volume.shape[2:]), f"Expected multiples of {STEP}, got {tuple(volume.shape)}"
-        volume = volume.contiguous(memory_format=LAYOUT)
-        x = self.dropout(self.embed(volume).movedim(1, -1))  # (B, z/2, y/2, x/2, f)
+        volume = channels_last(volume)
+        x = self.dropout(self.embed(volume).movedim(1, -1).contiguous())  # (B, z/2, y/2, x/2, f)
         hidden = [normalized(x)]  # finest first
         for stage in self.stages:
             x = stage(x)

@@ -9,6 +9,8 @@ import re
 import torch
 from torch import Tensor, nn
 
+from em_segmentation.model_defs.convolution import Conv3d, Doubling, InstanceNorm, Pointwise, channels_last
+
 PATCH = 16  # voxels along each axis
 WIDTH, HEADS, DEPTH, MLP = 768, 12, 12, 3072  # of ViT-B
 TAPS = (3, 6, 9)  # blocks after whose predecessors the hidden states are taken: after 4, 7 and 10 blocks
@@ -45,22 +47,22 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv3d(in_channels, out_channels, 3, padding=1, bias=False)
-        self.conv2 = nn.Conv3d(out_channels, out_channels, 3, padding=1, bias=False)
-        self.norm = nn.InstanceNorm3d(out_channels)  # holds nothing: one serves all
+        self.conv1 = Conv3d(in_channels, out_channels, 3, padding=1, bias=False)
+        self.conv2 = Conv3d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.norm = InstanceNorm(out_channels, False)  # holds nothing: one serves all
         self.conv3: nn.Module | None = None
         if in_channels != out_channels:
-            self.conv3 = nn.Conv3d(in_channels, out_channels, 1, bias=False)
+            self.conv3 = Pointwise(in_channels, out_channels, False)
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = nn.functional.leaky_relu(self.norm(self.conv1(x)), SLOPE)
+        inner = nn.functional.leaky_relu(self.norm(self.conv1(x)), SLOPE, inplace=True)
         skip = x if self.conv3 is None else self.norm(self.conv3(x))
-        return nn.functional.leaky_relu(self.norm(self.conv2(inner)) + skip, SLOPE)
+        return nn.functional.leaky_relu(self.norm(self.conv2(inner)) + skip, SLOPE, inplace=True)
 
 
-def doubled(in_channels: int, out_channels: int) -> nn.ConvTranspose3d:
+def doubled(in_channels: int, out_channels: int) -> Doubling:
     """Twice the size along every axis."""
-    return nn.ConvTranspose3d(in_channels, out_channels, 2, stride=2, bias=False)
+    return Doubling(in_channels, out_channels, False)
 
 
 class Raise(nn.Module):
@@ -107,7 +109,7 @@ class UNETR(nn.Module):
         super().__init__()
         assert all(n % PATCH == 0 for n in patch_size), f"Expected multiples of {PATCH}, got {patch_size}"
         self.grid = [n // PATCH for n in patch_size]
-        self.embed = nn.Conv3d(in_channels, WIDTH, PATCH, stride=PATCH)
+        self.embed = Conv3d(in_channels, WIDTH, PATCH, stride=PATCH)
         self.position = nn.Parameter(torch.zeros(1, self.grid[0] * self.grid[1] * self.grid[2], WIDTH))
         nn.init.trunc_normal_(self.position, std=0.02)
         self.dropout = nn.Dropout(dropout)
@@ -119,11 +121,12 @@ class UNETR(nn.Module):
         self.ups = nn.ModuleList(
             [UpBlock(WIDTH, 8 * f), UpBlock(8 * f, 4 * f), UpBlock(4 * f, 2 * f), UpBlock(2 * f, f)]
         )
-        self.head = nn.Conv3d(f, out_channels, 1)
+        self.head = Pointwise(f, out_channels, True)
 
     def forward(self, volume: Tensor) -> Tensor:
         expected = [n * PATCH for n in self.grid]
         assert list(volume.shape[2:]) == expected, f"Expected {expected} voxels, got {list(volume.shape[2:])}"
+        volume = channels_last(volume)
         x = self.dropout(self.embed(volume).flatten(2).transpose(1, 2) + self.position)  # (B, tokens, width)
         taps = []
         for number, block in enumerate(self.blocks):

@@ -9,6 +9,8 @@ import re
 import torch
 from torch import Tensor, nn
 
+from em_segmentation.model_defs.convolution import Conv3d, Doubling, InstanceNorm, Pointwise, channels_last
+
 LEAK = 0.1  # of BasicUNet's leaky ReLU
 
 
@@ -19,8 +21,8 @@ class ConvNormAct(nn.Module):
         self, in_channels: int, out_channels: int, stride: int, affine: bool, dropout: float, act: nn.Module
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv3d(in_channels, out_channels, 3, stride=stride, padding=1)
-        self.norm = nn.InstanceNorm3d(out_channels, affine=affine)
+        self.conv = Conv3d(in_channels, out_channels, 3, stride=stride, padding=1)
+        self.norm = InstanceNorm(out_channels, affine)
         self.dropout = nn.Dropout(dropout)
         self.act = act
 
@@ -44,7 +46,7 @@ class UpTwoConvs(nn.Module):
 
     def __init__(self, coarse: int, fine: int, up: int, out_channels: int, dropout: float) -> None:
         super().__init__()
-        self.up = nn.ConvTranspose3d(coarse, up, 2, stride=2)
+        self.up = Doubling(coarse, up, True)
         self.convs = TwoConvs(fine + up, out_channels, dropout)
 
     def forward(self, coarse: Tensor, fine: Tensor) -> Tensor:
@@ -73,10 +75,10 @@ class BasicUNet3d(nn.Module):
         halved = [UpTwoConvs(filters[i + 1], filters[i], filters[i + 1] // 2, filters[i], dropout) for i in (3, 2, 1)]
         last = UpTwoConvs(filters[1], filters[0], filters[1], filters[5], dropout)
         self.ups = nn.ModuleList([*halved, last])
-        self.head = nn.Conv3d(filters[5], out_channels, 1)
+        self.head = Pointwise(filters[5], out_channels, True)
 
     def forward(self, volume: Tensor) -> Tensor:
-        levels = [self.stem(volume)]
+        levels = [self.stem(channels_last(volume))]
         for down in self.downs:
             levels.append(down(self.pool(levels[-1])))
         x = levels[-1]
@@ -96,9 +98,9 @@ class ResidualUnit(nn.Module):
         self.units = nn.Sequential(*units)
         self.skip: nn.Module = nn.Identity()
         if stride != 1:
-            self.skip = nn.Conv3d(in_channels, out_channels, 3, stride=stride, padding=1)
+            self.skip = Conv3d(in_channels, out_channels, 3, stride=stride, padding=1)
         elif in_channels != out_channels:
-            self.skip = nn.Conv3d(in_channels, out_channels, 1)
+            self.skip = Pointwise(in_channels, out_channels, True)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, n...) -> (B, out, ceil(n / stride)...)."""
@@ -112,7 +114,7 @@ class UpResidual(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, dropout: float, is_last: bool) -> None:
         super().__init__()
         self.up = nn.ConvTranspose3d(in_channels, out_channels, 3, stride=2, padding=1, output_padding=1)
-        self.norm = nn.InstanceNorm3d(out_channels)
+        self.norm = InstanceNorm(out_channels, False)
         self.dropout = nn.Dropout(dropout)
         self.act = nn.PReLU()
         self.unit = ResidualUnit(out_channels, out_channels, 1, dropout, 1)
@@ -122,7 +124,7 @@ class UpResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, n...) -> (B, out, 2n...)."""
-        raised: Tensor = self.unit(self.act(self.dropout(self.norm(self.up(x)))))
+        raised: Tensor = self.unit(self.act(self.dropout(self.norm(channels_last(self.up(x))))))
         return raised
 
 
@@ -148,7 +150,7 @@ class ResidualUNet3d(nn.Module):
     def forward(self, volume: Tensor) -> Tensor:
         step = 2 ** len(self.downs)
         assert all(n % step == 0 for n in volume.shape[2:]), f"Expected multiples of {step}, got {tuple(volume.shape)}"
-        levels = [volume]
+        levels = [channels_last(volume)]
         for down in self.downs:
             levels.append(down(levels[-1]))
         x = self.bottom(levels[-1])

@@ -42,7 +42,7 @@ class _WindowAttention(torch.autograd.Function):
         return out.flatten(2)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         qkv, bias, masks, kinds = ctx.saved_tensors
         windows, n, _, heads, d = qkv.shape

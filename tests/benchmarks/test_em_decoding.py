@@ -70,12 +70,12 @@ def test_watershed_is_three_times_as_fast_as_scikit_image_and_no_worse(
     peer = pytest.importorskip("skimage.segmentation")
     height_map, mask = heights_of(boundary, SETTINGS)
     heights, depth = height_map.heights, SETTINGS.min_depth * height_map.scale
-    fragments = watershed(heights, mask, VOLUME_AXES, depth)
+    fragments = watershed(height_map, mask, VOLUME_AXES, depth)
     seeds = floors_of(fragments, heights)
     (ours, own), (seeded, grown), (theirs, other) = fastest(
         [
-            lambda: watershed(heights, mask, VOLUME_AXES, depth),
-            lambda: seeded_watershed(heights, seeds, mask, VOLUME_AXES),
+            lambda: watershed(height_map, mask, VOLUME_AXES, depth),
+            lambda: seeded_watershed(height_map, seeds, mask, VOLUME_AXES),
             lambda: peer.watershed(heights, seeds),
         ]
     )
@@ -102,7 +102,7 @@ def test_the_whole_decoding_takes_less_than_the_watershed_of_scikit_image(
 ) -> None:
     peer = pytest.importorskip("skimage.segmentation")
     height_map, mask = heights_of(boundary, SETTINGS)
-    seeds, _ = basins(height_map.heights, mask, VOLUME_AXES)
+    seeds, _ = basins(height_map, mask, VOLUME_AXES)
     seeds = floors_of(seeds, height_map.heights)
     (ours, labels), (theirs, _) = fastest(
         [lambda: segment(boundary, SETTINGS), lambda: peer.watershed(height_map.heights, seeds)]

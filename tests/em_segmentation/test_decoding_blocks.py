@@ -1,6 +1,7 @@
 """Decoding block by block gives the labels of decoding at once, to the bit; killed runs continue; errors name a remedy."""
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,8 @@ CASES = {
     "mean": BASE,
     "mean, no depth": dataclasses.replace(BASE, min_depth=0, smoothing=(0, 0, 0)),
     "mean, deep": dataclasses.replace(BASE, min_depth=40, threshold=130),
+    "mean without walls": dataclasses.replace(BASE, wall=0),
+    "mean with many walls": dataclasses.replace(BASE, wall=255, smoothing=(0, 0, 0)),
     "mean of foreground": dataclasses.replace(BASE, foreground=110, min_size=20),
     "mean, small joined": dataclasses.replace(BASE, min_size=30, small="join"),
     "mean of sections": dataclasses.replace(BASE, neighbours="sections", smoothing=(0, 2, 1)),
@@ -159,7 +162,7 @@ def test_interior_basins_are_merged_inside_their_block(tmp_path: Path) -> None:
     """Else the tables of a large volume would hold every basin of noise."""
     volume = smooth_volume(1, 6, (12, 24, 24), 200)
     np.save(tmp_path / "volume.npy", volume)
-    settings = dataclasses.replace(BASE, min_depth=255, smoothing=(0, 0, 0))
+    settings = dataclasses.replace(BASE, min_depth=10**7, smoothing=(0, 0, 0))
     decoded = decode_blocks(NpyReader(tmp_path / "volume.npy"), settings, (12, 24, 12), tmp_path / "scratch", Serial())
     merged = [decoded.job.load(f"merged_{b}") for b in range(2)]
     assert sum(map(len, merged)) > 0.3 * len(decoded.job.load("floors"))
@@ -193,6 +196,8 @@ def test_problems_are_named(tmp_path: Path) -> None:
         dataclasses.replace(BASE, linkage="median")
     with pytest.raises(UserError, match="decoding.threshold: 300 .expected 0 to 255."):
         dataclasses.replace(BASE, threshold=300)
+    with pytest.raises(UserError, match="overflows 32 bits .*smooth less"):
+        dataclasses.replace(BASE, smoothing=(3, 3, 3))
     with pytest.raises(UserError, match="none joins direct neighbours"):
         segment(volume[3:], dataclasses.replace(BASE, offsets=OFFSETS[3:]))
     in_blocks(volume, BASE, (4, 8, 8), tmp_path / "a")
@@ -200,6 +205,12 @@ def test_problems_are_named(tmp_path: Path) -> None:
         other = dataclasses.replace(BASE, threshold=3)
         decode_blocks(NpyReader(tmp_path / "a/volume.npy"), other, (4, 8, 8), tmp_path / "a/scratch", Serial())
     with pytest.raises(UserError, match="expected serial | processes | dask"), open_executor("slurm", 1, ""):
+        pass
+
+
+def test_dask_is_asked_for_by_name_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(UserError, match="pip install 'dask.distributed.'"), open_executor("dask", 1, ""):
         pass
 
 

@@ -3,12 +3,8 @@
 import contextlib
 import dataclasses
 import multiprocessing
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -16,7 +12,6 @@ import pandas as pd
 import torch
 
 from common.blocks import NormName
-from common.config import as_yaml
 from common.parallel import process_group
 from common.streams import random_for
 from common.volumes.slices import write_slice_folder
@@ -29,8 +24,8 @@ from motor_detection.labels import LabelledTomogram
 from motor_detection.model_defs.motoridentifier import MotorIdentifier
 from motor_detection.places import read_tomograms
 from motor_detection.trainer import build_model, train
+from tests.common_runs import ROOT, script_command
 
-ROOT = Path(__file__).resolve().parents[2]
 NO_PATCHES = Patches([], [], (32, 32, 32), 1, [], "")  # for checkpoints of no run
 SPACING_ANGSTROM = 13.1
 SHAPE = (34, 46, 58)  # voxels z, y, x; no two axes alike
@@ -132,48 +127,4 @@ def random_network(stride: int, norm: NormName, squeeze_excitation: bool) -> Mot
 
 def script(name: str, config: Config, folder: Path, processes: int, words: list[str]) -> list[str]:
     """The command line of an entry script under a config; 0 processes: without torchrun."""
-    written = folder / f"{name}.yaml"
-    written.write_text(as_yaml(config))
-    launcher = [sys.executable]
-    if processes:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [*launcher, str(ROOT / "motor_detection" / name), "--preset", "kaggle", "--config", str(written), *words]
-
-
-def run_command(command: list[str]) -> "subprocess.CompletedProcess[str]":
-    """Run to the end; from a folder that is not the repository, on one thread."""
-    return subprocess.run(command, capture_output=True, text=True, cwd="/", env=environment(), check=False)
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-
-
-def family(ancestor: int) -> set[int]:
-    """A process and all its living descendants; torchrun gives its workers sessions of their own."""
-    parents: dict[int, int] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if fields[0] != "Z":
-                parents[int(entry.name)] = int(fields[1])
-    members = {ancestor}
-    while more := {child for child, parent in parents.items() if parent in members} - members:
-        members |= more
-    return members & (parents.keys() | {ancestor})
-
-
-def differing(one: Any, other: Any, path: str) -> list[str]:
-    """Paths inside two nested states whose values differ in any bit."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        assert one.keys() == other.keys(), f"{path}: {one.keys() ^ other.keys()}"
-        return [place for key in one for place in differing(one[key], other[key], f"{path}/{key}")]
-    if isinstance(one, list | tuple):
-        assert len(one) == len(other), f"{path}: {len(one)} and {len(other)}"
-        return [place for i in range(len(one)) for place in differing(one[i], other[i], f"{path}/{i}")]
-    if isinstance(one, torch.Tensor):
-        return [] if torch.equal(one, other) else [path]
-    return [] if one == other or (one != one and other != other) else [path]  # NaN equals NaN here
+    return script_command(ROOT / "motor_detection" / name, "kaggle", config, folder, processes, words)

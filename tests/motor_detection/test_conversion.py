@@ -26,13 +26,11 @@ from motor_detection.heatmap import render_heatmaps
 from motor_detection.patches import PATCH_ARRAYS, read_patch
 from motor_detection.places import read_tomograms
 from motor_detection.tomograms import open_tomogram, spacing_warnings
+from tests.common_runs import environment, family, run_command
 from tests.motor_detection.small_runs import (
     SHAPE,
     SPACING_ANGSTROM,
-    environment,
-    family,
     producers_forked,
-    run_command,
     script,
     small_config,
     tomogram_label,

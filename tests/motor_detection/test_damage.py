@@ -23,9 +23,8 @@ from motor_detection.config import Config
 from motor_detection.dataset import PatchStream, Sample
 from motor_detection.patches import PATCH_ARRAYS, read_patch, write_patch
 from motor_detection.trainer import CHECKPOINT, KIND
+from tests.common_runs import ROOT, environment, said
 from tests.motor_detection.small_runs import (
-    ROOT,
-    environment,
     small_config,
     small_patches,
     tomogram_label,
@@ -33,7 +32,7 @@ from tests.motor_detection.small_runs import (
     train_alone,
     write_tomograms,
 )
-from tests.motor_detection.test_scripts import predict_words, said
+from tests.motor_detection.test_scripts import predict_words
 
 
 @pytest.fixture(scope="module")

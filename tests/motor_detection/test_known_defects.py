@@ -36,8 +36,8 @@ from motor_detection.labels import LabelledTomogram, read_labels
 from motor_detection.patches import ByteVolume, PatchPlan, cut_patch
 from motor_detection.places import read_tomograms
 from motor_detection.tomograms import open_tomogram
+from tests.common_runs import ROOT
 from tests.motor_detection.small_runs import (
-    ROOT,
     random_network,
     small_config,
     small_patches,

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 
 from common.checkpoint import save_checkpoint
 from common.config import as_yaml, configure
-from common.errors import BAD_DATA, WRONG_CALL, run_script
+from common.errors import BAD_DATA, WRONG_CALL
 from motor_detection import convert, crossval, eval, evaluation, inference, predict, train
 from motor_detection.baseline import blob_picks
 from motor_detection.config import Config
@@ -23,9 +22,9 @@ from motor_detection.pick_files import read_picks_csv
 from motor_detection.star_files import read_star
 from motor_detection.tomograms import open_tomogram
 from motor_detection.trainer import begin
+from tests.common_runs import Main, said
 from tests.motor_detection.small_runs import NO_PATCHES, small_config, small_patches, train_alone, write_tomograms
 
-Main = Callable[[list[str]], int]
 RUNS = {  # folds of the small tomograms: 2 3 2 3 0 0 1, of which fold 1 has no motor
     "a": ["data.validation_fold=0", "data.test_fold=3"],
     "fold0": ["data.validation_fold=0", "data.test_fold=-1"],
@@ -53,16 +52,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config_of(run: Path) -> Config:
     return configure(small_config(run), [run / "config.yaml"], [])
-
-
-def said(main: Main, words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[object, str, list[str]]:
-    """Exit code, output and error lines of a script's main; no traceback."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["script", *words])
-        with pytest.raises(SystemExit) as left:
-            run_script(main)
-    printed = capsys.readouterr()
-    return left.value.code, printed.out, [line for line in printed.err.splitlines() if line.startswith("error: ")]
 
 
 def test_eval_writes_figures_picks_pictures_and_a_report(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

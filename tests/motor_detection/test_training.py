@@ -18,6 +18,7 @@ from common.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from common.config import as_yaml, configure
 from common.errors import BAD_DATA, UserError
 from common.interrupt import StopRequest
+from common.loading import next_batch
 from common.logbook import read_metrics
 from common.parallel import process_group
 from common.step import RunningStatistics, guarded_update
@@ -37,11 +38,9 @@ from motor_detection.trainer import (
     take_step,
 )
 from motor_detection.validation import validate
+from tests.common_runs import ROOT, differing, run_command
 from tests.motor_detection.small_runs import (
     NO_PATCHES,
-    ROOT,
-    differing,
-    run_command,
     script,
     small_config,
     small_patches,

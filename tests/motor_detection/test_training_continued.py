@@ -14,16 +14,8 @@ import pytest
 from common.checkpoint import load_checkpoint
 from motor_detection.config import Config
 from motor_detection.trainer import KIND
-from tests.motor_detection.small_runs import (
-    differing,
-    environment,
-    family,
-    run_command,
-    script,
-    small_config,
-    small_patches,
-    write_tomograms,
-)
+from tests.common_runs import differing, environment, family, kill_at_random, run_command
+from tests.motor_detection.small_runs import script, small_config, small_patches, write_tomograms
 
 KILLS = 5
 
@@ -53,25 +45,6 @@ def state(folder: Path, name: str) -> dict[str, Any]:
     return {key: value for key, value in saved.items() if key != "config"}
 
 
-def kill_at_random(command: list[str], folder: Path, dice: random.Random) -> bool:
-    """kill -9 every process of a run at some moment after it opened its folder; False where it had finished before."""
-    before = (folder / "config.yaml").stat().st_mtime_ns if (folder / "config.yaml").exists() else 0
-    child = subprocess.Popen(command, cwd="/", env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (folder / "config.yaml").exists() or (folder / "config.yaml").stat().st_mtime_ns == before:
-        assert child.poll() is None, "it ended before it opened its folder"
-        time.sleep(0.01)
-    time.sleep(dice.uniform(0.0, 1.2))
-    if child.poll() is not None:
-        return False
-    members = family(child.pid)
-    for process in members:
-        os.kill(process, signal.SIGKILL)
-    child.wait()
-    while any(Path(f"/proc/{process}/cwd").exists() for process in members):
-        time.sleep(0.02)
-    return True
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "workers"), [(0, 0), (0, 2), (2, 0)])
 def test_killed_at_random_moments_a_run_ends_in_the_same_bits(
@@ -86,7 +59,7 @@ def test_killed_at_random_moments_a_run_ends_in_the_same_bits(
     command = script("train.py", in_folder(config, tmp_path, "killed"), tmp_path, processes, [])
     last = tmp_path / "killed" / "checkpoints" / "last.pt"
     for _ in range(KILLS):
-        if not kill_at_random(command, tmp_path / "killed", dice):
+        if not kill_at_random(command, tmp_path / "killed", dice, 1.2):
             break
         steps.append(state(tmp_path / "killed", "last.pt")["step"] if last.exists() else 0)
     done = run_command(command)

@@ -1,0 +1,101 @@
+"""A whole volume through basic_unet3d: our windows against MONAI's sliding_window_inference, same weights, one process.
+
+MONAI: windows of 96^3, overlap 0.5, float32, its defaults otherwise. Ours: larger windows with a quarter of overlap,
+Gaussian weights, bfloat16, channels last. Both masks are compared with the one of the untiled float32 network, which
+instance norm sees whole. Two threads; run alone for figures: python -m pytest -m slow tests/benchmarks/test_em_inference.py -s
+"""
+
+import copy
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import scipy.ndimage
+import torch
+from torch import Tensor
+
+from common.memory import keep_freed_memory
+from common.metrics.segmentation import mask_score
+from common.tiling import Box, blended_planes
+from em_segmentation.model_defs.unets import BasicUNet3d, basic_unet_key
+
+SHAPE = (160, 224, 224)
+WINDOW = (96, 160, 160)  # voxels of ours; four of MONAI's fit into it
+OVERLAP = 0.25
+ROI, ROI_OVERLAP = (96, 96, 96), 0.5
+TRAINING_STEPS = 20
+TIMES_FASTER = 6.0
+DICE_TOLERANCE = 0.002
+
+
+def blobs() -> tuple[Tensor, Tensor]:
+    """A grey volume (1, 1, z, y, x) and the mask of what is to be found in it: textured blobs among plain ones."""
+    random = np.random.default_rng(0)
+    smooth = scipy.ndimage.gaussian_filter(random.standard_normal(SHAPE, dtype=np.float32), 5.0)
+    texture = scipy.ndimage.gaussian_filter(random.standard_normal(SHAPE, dtype=np.float32), 1.0)
+    objects = smooth > 1.2 * smooth.std()
+    image = 1.5 * objects + texture / texture.std() + 0.5 * random.standard_normal(SHAPE, dtype=np.float32)
+    normal = (image - image.mean()) / image.std()
+    return torch.from_numpy(normal.astype(np.float32))[None, None], torch.from_numpy(objects)[None, None]
+
+
+def trained(image: Tensor, mask: Tensor) -> BasicUNet3d:
+    """A network that has learnt enough for its masks to mean something."""
+    torch.manual_seed(0)
+    model = BasicUNet3d(1, 1, (32, 32, 64, 128, 256, 32), 0.0).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
+    for step in range(TRAINING_STEPS):
+        z, y, x = (7 * step % 100, 31 * step % 160, 53 * step % 160)
+        where = (..., slice(z, z + 48), slice(y, y + 48), slice(x, x + 48))
+        patch = image[where].contiguous(memory_format=torch.channels_last_3d)
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(model(patch), mask[where].float())
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def timed(work: Callable[[], Tensor]) -> tuple[float, Tensor]:
+    began = time.perf_counter()
+    result = work()
+    return time.perf_counter() - began, result
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_windows_are_six_times_faster_than_the_references_at_equal_dice() -> None:
+    inferers = pytest.importorskip("monai.inferers")
+    nets = pytest.importorskip("monai.networks.nets")
+    keep_freed_memory()
+    image, mask = blobs()
+    with torch.inference_mode(False):
+        model = trained(image.clone(), mask.clone())
+    reference = nets.BasicUNet(3, 1, 1).eval()
+    ours = {basic_unet_key(name): name for name in reference.state_dict()}
+    reference.load_state_dict({ours[name]: weight for name, weight in model.state_dict().items()})
+    fast = copy.deepcopy(model).to(torch.bfloat16)
+
+    def read(box: Box) -> Tensor:
+        (z0, y0, x0), (z1, y1, x1) = box
+        return image[:, :, z0:z1, y0:y1, x0:x1].to(torch.bfloat16).contiguous(memory_format=torch.channels_last_3d)
+
+    def windows() -> Tensor:
+        planes = blended_planes(fast, read, SHAPE, WINDOW, 1, OVERLAP, (0, SHAPE[0]))
+        return torch.cat([part for _, part in planes], 1)
+
+    def sliding() -> Tensor:
+        found: Tensor = inferers.sliding_window_inference(image, ROI, 1, reference, ROI_OVERLAP)
+        return found[0]
+
+    rounds = [(timed(windows), timed(sliding)) for _ in range(2)]
+    seconds = [min(one[k][0] for one in rounds) for k in (0, 1)]
+    whole = (model(image.contiguous(memory_format=torch.channels_last_3d))[0, 0] > 0).numpy()
+    dice = [mask_score(whole, (rounds[0][k][1][0].float() > 0).numpy()).dice for k in (0, 1)]
+    voxels = np.prod(SHAPE) / 1e3
+    print(
+        f"\n{list(SHAPE)} voxels: ours {seconds[0]:.1f} s ({voxels / seconds[0]:.0f} kvoxel/s, Dice {dice[0]:.4f}), "
+        f"MONAI {seconds[1]:.1f} s ({voxels / seconds[1]:.0f} kvoxel/s, Dice {dice[1]:.4f}): {seconds[1] / seconds[0]:.1f} times"
+    )
+    assert dice[0] >= dice[1] - DICE_TOLERANCE
+    assert seconds[1] >= TIMES_FASTER * seconds[0]

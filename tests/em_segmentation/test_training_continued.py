@@ -1,0 +1,126 @@
+"""A run that is killed and started again ends in the same bits: alone, with reading processes, under torchrun."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from em_segmentation.config import Config
+from tests.common_runs import differing, environment, family, kill_at_random, run_command
+from tests.em_segmentation.small_runs import changed, in_folder, saved, script, small_config, write_volumes
+
+KILLS = 5
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """60 steps with every augmentation, a plateau that follows validation, and the two best epochs kept."""
+    folder = tmp_path_factory.mktemp("continued")
+    write_volumes(folder)
+    return changed(
+        small_config(folder), "training.max_epochs=6", "training.steps_per_epoch=10", "checkpoint.every_n_steps=4",
+        "checkpoint.save_top_k=2", "scheduler.name=plateau", "scheduler.patience=1", "scheduler.factor=0.5",
+        "checkpoint.monitor=val_dice", "checkpoint.mode=max",
+    )  # fmt: skip
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """Weights, their average, optimizer, records, the best weights, and the log in metrics.csv."""
+    names = sorted(path.name for path in (one / "checkpoints").iterdir())
+    assert names == sorted(path.name for path in (other / "checkpoints").iterdir()) and len(names) == 4
+    for name in names:
+        assert not differing(saved(one, name), saved(other, name), name)
+    assert (one / "metrics.csv").read_bytes() == (other / "metrics.csv").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "workers"), [(0, 0), (0, 2), (2, 0)])
+def test_killed_at_random_moments_a_run_ends_in_the_same_bits(
+    small: Config, tmp_path: Path, processes: int, workers: int
+) -> None:
+    config = changed(small, f"data.num_workers={workers}")
+    done = run_command(script(in_folder(config, tmp_path, "reference"), tmp_path, processes, []))
+    assert done.returncode == 0, done.stderr
+    dice, steps = random.Random(processes * 10 + workers), []
+    command = script(in_folder(config, tmp_path, "killed"), tmp_path, processes, [])
+    last = tmp_path / "killed" / "checkpoints" / "last.pt"
+    for _ in range(KILLS):
+        if not kill_at_random(command, tmp_path / "killed", dice, 3.0):
+            break
+        steps.append(saved(tmp_path / "killed", "last.pt")["step"] if last.exists() else 0)
+    done = run_command(command)
+    assert done.returncode == 0, done.stderr
+    print(f"\n{processes} processes, {workers} workers: killed when the last checkpoint was of step {steps}")
+    assert len([step for step in steps if step < 60]) >= 2, "too few kills hit the run"
+    assert_same(tmp_path / "reference", tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_other_networks_and_optimizers_are_continued_in_the_same_bits_too(small: Config, tmp_path: Path) -> None:
+    """Other networks than the small one: dropout is drawn anew for every step."""
+    for number, changes in enumerate((
+        ("model.architecture=unet", "model.filters=[4,6]", "model.dropout=0.3", "optimizer.name=SGD"),
+        ("model.architecture=mednext_custom", "model.mednext_base_channels=4", "data.patch_size=[16,16,16]",
+         "model.deep_supervision=true", "model.mednext_block_counts=[1,1,1,1,1,1,1,1,1]", "data.val_image=[]",
+         "data.val_label=[]", "scheduler.name=cosine"),
+    )):  # fmt: skip
+        config = changed(thick(small, tmp_path) if number else small, *changes, "training.max_epochs=2")
+        done = run_command(script(in_folder(config, tmp_path, f"reference-{number}"), tmp_path, 0, []))
+        assert done.returncode == 0, done.stderr
+        command = script(in_folder(config, tmp_path, f"killed-{number}"), tmp_path, 0, [])
+        for _ in range(2):
+            kill_at_random(command, tmp_path / f"killed-{number}", random.Random(number), 3.0)
+        assert run_command(command).returncode == 0
+        assert_same(tmp_path / f"reference-{number}", tmp_path / f"killed-{number}")
+
+
+def thick(config: Config, folder: Path) -> Config:
+    """Training on one volume of enough sections for MedNeXt."""
+    grey = np.random.default_rng(0).integers(0, 255, (18, 20, 24), np.uint8)
+    np.save(folder / "thick_image.npy", grey)
+    np.save(folder / "thick_labels.npy", (grey > 128).astype(np.uint8))
+    return changed(config, f"data.train_image={folder}/thick_image.npy", f"data.train_label={folder}/thick_labels.npy",
+                   "data.val_image=[]", "data.val_label=[]")  # fmt: skip
+
+
+@pytest.mark.slow
+def test_reading_processes_change_no_bit(small: Config, tmp_path: Path) -> None:
+    for workers in (0, 1, 3):
+        config = changed(small, f"data.num_workers={workers}", "training.max_epochs=2")
+        done = run_command(script(in_folder(config, tmp_path, f"workers-{workers}"), tmp_path, 0, []))
+        assert done.returncode == 0, done.stderr
+    for workers in (1, 3):
+        assert_same(tmp_path / "workers-0", tmp_path / f"workers-{workers}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_says_one_line_and_goes_on_later(small: Config, tmp_path: Path, asked: signal.Signals) -> None:
+    config = changed(small, "data.num_workers=2")
+    done = run_command(script(in_folder(config, tmp_path, "reference"), tmp_path, 0, []))
+    assert done.returncode == 0, done.stderr
+    command = script(in_folder(config, tmp_path, "stopped"), tmp_path, 0, [])
+    child = subprocess.Popen(
+        command, cwd="/", env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background would ignore it
+    )  # fmt: skip
+    while not (tmp_path / "stopped/checkpoints/last.pt").exists():
+        assert child.poll() is None, "it ended before it could be interrupted"
+        time.sleep(0.01)
+    members = family(child.pid)
+    if asked == signal.SIGINT:
+        os.killpg(child.pid, asked)  # as a terminal does, to all of the group
+    else:
+        child.send_signal(asked)  # as a cluster does
+    _, told = child.communicate(timeout=60)
+    assert child.returncode == 130 and "Traceback" not in told, told
+    assert told.splitlines()[-1].startswith("interrupted")
+    assert not [process for process in members if Path(f"/proc/{process}/cwd").exists()]
+    again = run_command(command)
+    assert again.returncode == 0 and "continuing" in again.stdout
+    assert_same(tmp_path / "reference", tmp_path / "stopped")
