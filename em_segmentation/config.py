@@ -8,12 +8,11 @@ from typing import Literal
 
 from common.config import LARGEST_INT, configure, outside
 from data.phantoms.em_settings import EMPhantom
+from em_segmentation.config_inference import Decoding, Evaluation, Inference
 from em_segmentation.losses import fitting_problems
 
 Triple = tuple[int, int, int]
 TargetName = Literal["semantic", "boundary", "affinity", "distance", "centre", "lsd"]
-TestTimeName = Literal["none", "flips", "flips_in_plane", "turns_in_plane", "all"]
-InstanceSource = Literal["none", "affinity", "boundary", "membrane", "semantic"]
 LossName = Literal["DiceLoss", "FocalLoss", "TverskyLoss", "DiceCELoss", "BCEWithLogitsLoss", "CrossEntropyLoss",
                    "WeightedBCELoss", "MSELoss"]  # fmt: skip
 
@@ -94,9 +93,10 @@ class Targets:
     semantic_names: tuple[str, ...] = ("foreground",)  # of the class, or of classes 1 .. K-1, in reports
     semantic_only: tuple[int, ...] = ()  # with one class: only these ids are foreground; empty = all but 0
     boundary_thickness: int = 1  # voxels on either side of a face between two objects
-    boundary_in_plane: bool = False  # only faces along y and x, for thick sections
+    boundary_in_plane: bool = False  # boundary, affinity_erosion: only faces along y and x, for thick sections
     affinity_offsets: tuple[Triple, ...] = ((1, 0, 0), (0, 1, 0), (0, 0, 1))  # voxels z, y, x; the first three direct
     affinity_stored_at: Literal["source", "destination"] = "source"  # at v: the edge v, v + o; or v - o, v
+    affinity_erosion: int = 0  # voxels on either side of a face that are in no object, where labels touch each other
     distance_scale_nm: float = 100.0  # signed distance d to the object's border as tanh(d / scale)
     lsd_sigma_nm: float = 80.0  # of the Gaussian in which local shape is described
 
@@ -109,8 +109,8 @@ class Targets:
         if self.loss_functions and len(self.loss_functions) != len(self.names):
             yield f"loss_functions: expected one list per target ({len(self.names)}), got {len(self.loss_functions)}"
         yield from outside(self, {"weights": (1e-6, 1e6), "label_channels": (0, 1000), "semantic_classes": (1, 255)})
-        yield from outside(self, {"boundary_thickness": (1, 100), "distance_scale_nm": (0.1, 1e6)})
-        yield from outside(self, {"lsd_sigma_nm": (0.1, 1e6)})
+        yield from outside(self, {"boundary_thickness": (1, 100), "affinity_erosion": (0, 100)})
+        yield from outside(self, {"distance_scale_nm": (0.1, 1e6), "lsd_sigma_nm": (0.1, 1e6)})
         if len(self.semantic_names) != max(1, self.semantic_classes - 1):
             yield f"semantic_names: expected {max(1, self.semantic_classes - 1)}, got {list(self.semantic_names)}"
         offsets = self.affinity_offsets
@@ -277,71 +277,6 @@ class Logging:
 
     def problems(self) -> Iterator[str]:
         yield from outside(self, {"log_every_n_steps": (1, 10**8)})
-
-
-@dataclasses.dataclass(frozen=True)
-class Inference:
-    tiling: Literal["exact", "blended"] = "blended"  # exact: batch-norm networks; blended: all others
-    tile_size: Triple = (64, 256, 256)  # voxels of output computed at once by exact tiles; bounds the memory
-    window_size: Triple | None = None  # of blended windows; null = data.patch_size
-    overlap: float = 0.5  # of blended windows, share of their edges
-    precision: Literal["32", "bf16"] = "bf16"  # bf16 is about 3 times faster on recent CPUs and GPUs
-    tta: TestTimeName = "none"  # passes over the volume: 1, 8, 4, 8 and 16
-
-    def problems(self) -> Iterator[str]:
-        yield from outside(self, {"tile_size": (1, 8192), "overlap": (0, 0.9)})
-        if self.window_size is not None:
-            yield from outside(self, {"window_size": (1, 8192)})
-
-
-@dataclasses.dataclass(frozen=True)
-class Decoding:
-    target: InstanceSource = "none"  # membrane: the semantic class parts instances; semantic: its pieces are them
-    label_channel: int | None = None  # of the label volumes, that holds the true instances; null = the target's
-    method: Literal["components", "watershed", "mutex"] = "watershed"  # watershed: fragments merged by affinity
-    threshold: int = 128  # 0..255; fragments merge while their affinity reaches it; eval.py chooses on validation
-    thresholds: tuple[int, ...] = tuple(range(240, 15, -8))  # tried on validation volumes, descending
-    foreground: int = 0  # 0..255, least mean affinity of a voxel in an object; 0: every voxel is in one
-    neighbours: Literal["volume", "sections"] = "volume"  # of fragments; sections: each section by itself
-    height: Literal["boundary", "distance"] = "boundary"  # what is flooded; distance: to the boundary
-    distance_threshold: int = 128  # 0..255, mean affinity inside, of height=distance
-    distance_reach: int = 16  # voxels; larger distances count as this one
-    smoothing: Triple = (1, 1, 1)  # radius of the binomial window, voxels z, y, x
-    min_depth: int = 5  # 0..255, of a fragment's valley
-    linkage: Literal["mean", "quantile"] = "mean"  # affinity of two fragments
-    quantile: int = 50  # per cent
-    min_size: int = 0  # voxels; smaller objects are removed or joined
-    small: Literal["remove", "join"] = "join"
-    by_section: bool = False  # every section is a picture of its own, objects are 2D
-    block_size: Triple = (128, 512, 512)  # voxels decoded at once; larger volumes go block by block
-    executor: Literal["serial", "processes", "dask"] = "serial"  # where blocks are worked on
-    workers: int = 2  # processes on this machine
-    dask_address: str = ""  # of a running scheduler, tcp://host:port; empty: local processes
-
-    def problems(self) -> Iterator[str]:
-        bytes_ = ("threshold", "thresholds", "foreground", "distance_threshold", "min_depth")
-        limits: dict[str, tuple[float, float]] = dict.fromkeys(bytes_, (0, 255))
-        yield from outside(self, limits | {"distance_reach": (1, 1000), "smoothing": (0, 8), "quantile": (0, 100)})
-        yield from outside(self, {"min_size": (0, 10**9), "block_size": (8, 8192), "workers": (1, 1024)})
-        if list(self.thresholds) != sorted(set(self.thresholds), reverse=True) or not self.thresholds:
-            yield f"thresholds: expected descending numbers, got {list(self.thresholds)}"
-        if self.method == "components" and self.small == "join" and self.min_size > 1 and self.target != "none":
-            yield "small: components touch nothing; expected remove with decoding.method=components"
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    iou_thresholds: tuple[float, ...] = (0.5, 0.75, 0.9)  # of instance average precision
-    boundary_tolerance_nm: float = 50.0  # of boundary F1
-    min_object_voxels: int = 0  # smaller true objects are not judged
-    confidence: float = 0.95  # of the intervals
-    bootstrap_resamples: int = 1000  # of blocks of sections
-    seed: int = 0
-
-    def problems(self) -> Iterator[str]:
-        yield from outside(self, {"iou_thresholds": (0.01, 1), "boundary_tolerance_nm": (0, 1e6)})
-        yield from outside(self, {"min_object_voxels": (0, 10**9), "confidence": (0.5, 0.9999)})
-        yield from outside(self, {"bootstrap_resamples": (100, 10**6), "seed": (0, LARGEST_INT)})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ from common.metrics.segmentation import (
     variation_of_information,
     without_truth,
 )
-from em_segmentation.config import Evaluation
+from em_segmentation.config_inference import Evaluation
 
 Ids = npt.NDArray[np.int64]
 Found = npt.NDArray[np.unsignedinteger] | npt.NDArray[np.signedinteger]
@@ -215,6 +215,8 @@ def interval_of_rand(volumes: list[list[Overlaps]], settings: Evaluation) -> Int
     """
     tables = in_objects(volumes)
     table = add_overlaps(tables)
+    if len(table.voxels) == 0:
+        return Interval(0.0, 0.0, 0.0)  # nothing could be joined and nothing is
     pairs = scipy.sparse.vstack([row_of_pairs(one, table) for one in tables]).tocsr()  # (pieces, pairs)
     of_row, of_column = (
         scipy.sparse.csr_array((np.ones(len(group)), (np.arange(len(group)), group)))

@@ -188,10 +188,10 @@ def exact_planes(
 
 
 def as_bytes(probabilities: Tensor, path: Path) -> Tensor:
-    """round(255 p) as uint8 on the CPU; a data error where a network's output is not finite."""
-    if not bool(probabilities.isfinite().all()):
+    """round(255 p) as uint8 on the CPU, p is spent; a data error where a network's output is not finite."""
+    if not bool(probabilities.sum().isfinite()):
         raise data_error(f"{path}: the network's output is not finite there; try inference.precision=32")
-    return probabilities.mul(255).round_().to(torch.uint8).cpu()
+    return probabilities.mul_(255).round_().to(torch.uint8).cpu()
 
 
 def device_of(model: SegmentationModel) -> torch.device:

@@ -16,7 +16,8 @@ from common.errors import config_error, data_error
 from common.files import file_digest, read_text
 from common.logbook import progress
 from common.volumes.volume import Volume
-from em_segmentation.config import Config, Evaluation
+from em_segmentation.config import Config
+from em_segmentation.config_inference import Evaluation
 from em_segmentation.decoding.settings import Settings
 from em_segmentation.evaluation import (
     ByteHistogram,

@@ -6,7 +6,8 @@ from common.config import as_yaml
 from common.files import read_text
 from common.logbook import read_metrics
 from common.report import Section, write_report
-from em_segmentation.config import Config, Evaluation
+from em_segmentation.config import Config
+from em_segmentation.config_inference import Evaluation
 from em_segmentation.figures import draw_learning_curve, draw_thresholds
 from em_segmentation.judging import Figures, Verdict, image_of, instance_truth, semantic_truth
 from em_segmentation.overlays import Shown, draw_errors, draw_overlay

@@ -11,6 +11,8 @@ from em_segmentation.config import Config
 SHAPING = ("system", "model", "data", "phantom", "targets", "augmentation", "optimizer", "scheduler", "training",
            "checkpoint", "early_stopping")  # fmt: skip
 
+PRODUCERS = 2  # processes that simulate volumes
+
 
 def resolve(config: Config) -> Config:
     """The config with the phantom's real paths; files must exist as given."""
@@ -18,7 +20,7 @@ def resolve(config: Config) -> Config:
     if data.source == "files":
         return config
     folder = data.root.with_name(f"{data.root.name}-{fingerprint(config.phantom)}")
-    volumes = write_phantom(config.phantom, folder, max(1, data.num_workers))
+    volumes = write_phantom(config.phantom, folder, PRODUCERS)
 
     def files(role: str, name: str) -> tuple[str, ...]:
         return tuple(str(volume / f"{name}.npy") for volume in volumes[role])

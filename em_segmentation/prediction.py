@@ -33,7 +33,8 @@ from common.volumes.streaming import (
     partial_folder,
 )
 from common.volumes.volume import Volume
-from em_segmentation.config import Config, Decoding, Targets
+from em_segmentation.config import Config, Targets
+from em_segmentation.config_inference import Decoding
 from em_segmentation.decoding.blocks import decode_blocks, write_decoded
 from em_segmentation.decoding.cleaning import smallest_dtype
 from em_segmentation.decoding.executors import open_executor
@@ -202,6 +203,7 @@ def decoding_settings(decoding: Decoding, targets: Targets, threshold: int) -> S
         height=decoding.height,
         distance_threshold=decoding.distance_threshold,
         distance_reach=decoding.distance_reach,
+        wall=decoding.wall,
         smoothing=decoding.smoothing,
         min_depth=decoding.min_depth,
         linkage=decoding.linkage,

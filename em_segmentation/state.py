@@ -58,7 +58,7 @@ def build_optimizer(model: SegmentationModel, config: Config) -> Optimizer:
     settings = config.optimizer
     groups: list[dict[str, Any]] = []
     for name, decays in (("weights", True), ("biases and norms", False)):
-        chosen = [parameter for parameter in model.parameters() if (parameter.dim() > 1) == decays]
+        chosen = [weight for weight in model.parameters() if weight.requires_grad and (weight.dim() > 1) == decays]
         groups.append({"params": chosen, "name": name, "weight_decay": settings.weight_decay if decays else 0.0})
     if settings.name == "AdamW":
         return AdamW(groups, lr=0.0, fused=True)

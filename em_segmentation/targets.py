@@ -53,7 +53,8 @@ def build_target(
     """The target `name` of labels (B, z, y, x) int64 and annotated (B, z, y, x) bool.
 
     semantic: 0 / 1, or the number of the class. Raises a data error for classes that targets.semantic_classes excludes.
-    affinity: 1 where both voxels have the same id > 0; known where both lie in the patch and are annotated.
+    affinity: 1 where both voxels have the same id > 0; known where both lie in the patch and are annotated. With
+    affinity_erosion, voxels so near to a face are in no object: boundaries become thick enough to be seen.
     boundary: 1 within boundary_thickness steps across a face between two ids (0 is one); the patch's faces are none.
     distance: tanh(d / scale), d in nm to the nearest voxel of another id, negative in the background.
     centre: (3) vector to the object's centre of mass within the patch, in 100 nm, known in objects.
@@ -92,6 +93,10 @@ def _semantic(labels: Tensor, annotated: Tensor, settings: "Targets") -> Target:
 
 
 def _affinity(labels: Tensor, annotated: Tensor, settings: "Targets") -> Target:
+    if settings.affinity_erosion:
+        axes = (2, 3) if settings.boundary_in_plane else (1, 2, 3)
+        labels = torch.where(_near_faces(labels, axes, settings.affinity_erosion), 0, labels)
+        annotated = ~_dilated(~annotated, axes, settings.affinity_erosion)  # beside it there may be a face or not
     shape = (labels.shape[0], len(settings.affinity_offsets), *labels.shape[1:])
     values = torch.zeros(shape, device=labels.device)
     valid = torch.zeros(shape, dtype=torch.bool, device=labels.device)
@@ -115,15 +120,20 @@ def _pairs(n: int, step: int) -> tuple[slice, slice]:
 
 def _boundary(labels: Tensor, annotated: Tensor, settings: "Targets") -> Target:
     axes = (2, 3) if settings.boundary_in_plane else (1, 2, 3)
-    touching = torch.zeros_like(annotated)  # voxels at a face
+    values = _near_faces(labels, axes, settings.boundary_thickness)
+    unknown = _dilated(~annotated, axes, settings.boundary_thickness)  # may lie at a face or not
+    return Target(values[:, None].float(), ~unknown[:, None])
+
+
+def _near_faces(labels: Tensor, axes: tuple[int, ...], thickness: int) -> Tensor:
+    """Voxels (B, z, y, x) within so many steps, on either side, of a face between two ids."""
+    touching = torch.zeros_like(labels, dtype=torch.bool)
     for axis in axes:
         last = labels.shape[axis] - 1
         face = labels.narrow(axis, 0, last) != labels.narrow(axis, 1, last)
         touching.narrow(axis, 0, last).logical_or_(face)
         touching.narrow(axis, 1, last).logical_or_(face)
-    values = _dilated(touching, axes, settings.boundary_thickness - 1)
-    unknown = _dilated(~annotated, axes, settings.boundary_thickness)  # may lie at a face or not
-    return Target(values[:, None].float(), ~unknown[:, None])
+    return _dilated(touching, axes, thickness - 1)
 
 
 def _dilated(marked: Tensor, axes: tuple[int, ...], times: int) -> Tensor:

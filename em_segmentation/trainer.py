@@ -20,7 +20,7 @@ from common.errors import UserError, config_error
 from common.interrupt import StopRequest, ignore_interrupts, stop_on_signal
 from common.loading import lost_readers_told, next_batch
 from common.logbook import Scalars, progress
-from common.parallel import all_ranks_do, check_same_step
+from common.parallel import all_ranks_do, check_same_step, met_by_all
 from common.step import RunningStatistics, agree_on_step, guarded_update
 from common.streams import micro_batches, seed_dropout
 from em_segmentation.augmentation import Patch, augmented
@@ -70,6 +70,18 @@ def accumulate(
     return all_losses, positions
 
 
+def check_all_take_part(model: SegmentationModel) -> None:
+    """A config error where a weight of a user's own network has no part in the loss."""
+    idle = [name for name, weight in model.named_parameters() if weight.requires_grad and weight.grad is None]
+    if idle:
+        raise met_by_all(
+            config_error(
+                f"model.architecture: {model.architecture}'s {idle[0]} has no part in the loss ({len(idle)} in all); "
+                "remove it, or freeze it by requires_grad_(False)"
+            )
+        )
+
+
 def take_step(
     state: State,
     statistics: RunningStatistics,
@@ -86,6 +98,7 @@ def take_step(
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
     losses, positions = accumulate(state, statistics, stream, volumes, config)
+    check_all_take_part(state.model)
     finite, places = torch.isfinite(losses).tolist(), patch_stream(volumes, config)
     names = ["" if ok else places.name(p) for ok, p in zip(finite, positions.tolist(), strict=True)]
     mean_loss, stop_asked = agree_on_step(losses, names, stop.asked)

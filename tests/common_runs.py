@@ -35,6 +35,15 @@ def run_command(command: list[str]) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, capture_output=True, text=True, cwd="/", env=environment(), check=False)
 
 
+def run_as_a_user(folder: Path, *words: str) -> None:
+    """One script (a path within the repository, then its words) from a folder, with as many threads as a user's."""
+    clean = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    command = [sys.executable, str(ROOT / words[0]), *words[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=clean, check=False)
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+
+
 def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 

@@ -9,10 +9,12 @@ import pytest
 
 from common.config import configure
 from common.errors import UserError
-from motor_detection.config import PRESETS
+from em_segmentation.config import BASE
+from motor_detection.config import KAGGLE
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = [ROOT / "README.md", ROOT / "data" / "README.md", *sorted(ROOT.glob("*_*/README.md"))]
+CONSTANTS = {"motor_detection": KAGGLE, "em_segmentation": BASE, "data": KAGGLE}
 HELP: dict[str, str] = {}
 
 
@@ -45,7 +47,7 @@ def test_a_command_names_what_exists(command: str) -> None:
         assert flag in HELP[script], f"{script} has no {flag}"
     for name in re.findall(r"\b([a-z]+\.[a-z_]+)=", own):
         with pytest.raises(UserError) as told:  # a section as a value is never right: only the name is judged
-            configure(PRESETS["kaggle"], [], [f"{name}={{}}"])
+            configure(CONSTANTS[script.split("/")[0]], [], [f"{name}={{}}"])
         assert "no such constant" not in str(told.value), f"{name}: {told.value}"
 
 

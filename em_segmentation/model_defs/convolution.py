@@ -32,12 +32,15 @@ class Conv3d(nn.Conv3d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, z, y, x) -> (B, out, ...), channels last even where torch would fall back to channels first."""
+        return self.convolved(x, self.weight, self.bias)
+
+    def convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The same with other weights of this kernel and stride, (out, in, k, k, k)."""
         if not self.needs_float32(x):
-            return channels_last(super().forward(x))
+            return channels_last(self._conv_forward(x, weight, bias))
         with torch.autocast("cpu", enabled=False):
-            bias = None if self.bias is None else self.bias.float()
-            convolved: Tensor = self._conv_forward(x.float(), self.weight.float(), bias)
-        return channels_last(convolved).to(torch.bfloat16)
+            result: Tensor = self._conv_forward(x.float(), weight.float(), None if bias is None else bias.float())
+        return channels_last(result).to(torch.bfloat16)
 
     def needs_float32(self, x: Tensor) -> bool:
         """Whether the weight gradient of x (B, in, z, y, x) could be wrong in the type that autocast chooses."""
@@ -61,15 +64,17 @@ class Pointwise(nn.Conv3d):
         return pointwise(x, self.weight.flatten(1), self.bias)
 
 
-class Doubling(nn.ConvTranspose3d):
+class Doubling(nn.Module):
     """A transposed 2^3 convolution to twice the size: one matrix product, as no two cells write to the same place."""
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool) -> None:
-        super().__init__(in_channels, out_channels, 2, stride=2, bias=bias)
+        super().__init__()
+        drawn = nn.ConvTranspose3d(in_channels, out_channels, 2, stride=2, bias=bias)
+        self.weight, self.bias = drawn.weight, drawn.bias
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """(B, in, z, y, x) -> (B, out, 2z, 2y, 2x)."""
-        batch, (z, y, x_size), out = len(x), x.shape[2:], self.out_channels
+        batch, (z, y, x_size), out = len(x), x.shape[2:], self.weight.shape[1]
         weight = self.weight.permute(2, 3, 4, 1, 0).flatten(0, 3)  # (2 * 2 * 2 * out, in)
         bias = None if self.bias is None else self.bias.repeat(8)
         cells = nn.functional.linear(x.movedim(1, -1), weight, bias).view(batch, z, y, x_size, 2, 2, 2, out)

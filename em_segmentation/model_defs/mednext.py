@@ -109,13 +109,15 @@ class Up(Bottleneck):
         return raised
 
 
-class Head(nn.ConvTranspose3d):
+class Head(nn.Module):
     """Logits by a 1^3 convolution, its weight transposed as in the reference: (B, C, z, y, x) -> (B, out, z, y, x)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 1)
+        super().__init__()
+        drawn = nn.ConvTranspose3d(in_channels, out_channels, 1)
+        self.weight, self.bias = drawn.weight, drawn.bias
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return pointwise(x, self.weight.flatten(1).t(), self.bias)
 
 

@@ -65,6 +65,7 @@ def build_basic_unet(config: Config, out_channels: int) -> nn.Module:
             f"model.filters: basic_unet3d takes 6 numbers (five levels and the last), got {list(filters)}"
         )
     check_least(config, 16)
+    check_coarsest(config, (31, 31, 31))  # four poolings that leave out what is odd
     six = (filters[0], filters[1], filters[2], filters[3], filters[4], filters[5])
     return BasicUNet3d(config.model.in_channels, out_channels, six, config.model.dropout)
 
@@ -97,6 +98,7 @@ def build_swin_unetr(config: Config, out_channels: int) -> nn.Module:
 
 def build_mednext(config: Config, out_channels: int) -> nn.Module:
     check_multiple(config, 16)
+    check_coarsest(config, (16, 16, 16))
     model, size = config.model, SIZES[config.model.mednext_size]
     return MedNeXt(
         model.in_channels,
@@ -113,6 +115,7 @@ def build_mednext(config: Config, out_channels: int) -> nn.Module:
 
 def build_mednext_custom(config: Config, out_channels: int) -> nn.Module:
     check_multiple(config, 16)
+    check_coarsest(config, (16, 16, 16))
     model = config.model
     return MedNeXt(
         model.in_channels,
@@ -133,12 +136,8 @@ def build_rsunet(config: Config, out_channels: int) -> nn.Module:
     cell = (voxel_size[0] * model.fold[0], voxel_size[1] * model.fold[1], voxel_size[2] * model.fold[2])  # nm
     kernel_z = model.kernel_z if model.kernel_z else kernels_along_z(cell, len(model.filters))
     network = RSUNet(model.in_channels, out_channels, model.fold, model.filters, kernel_z, model.norm)
-    coarsest = [-(-n // step) for n, step in zip(config.data.patch_size, network.alignment, strict=True)]
-    if coarsest == [1, 1, 1] and model.norm == "batch":
-        raise config_error(
-            f"data.patch_size: {list(config.data.patch_size)} is a single voxel at the last of {len(model.filters)} levels; "
-            "give larger patches, or fewer model.filters"
-        )
+    if model.norm == "batch":
+        check_coarsest(config, network.alignment)
     return network
 
 
@@ -176,6 +175,15 @@ def check_multiple(config: Config, multiple: int) -> None:
             raise config_error(
                 f"{name}: {config.model.architecture} takes multiples of {multiple} voxels, got {list(size)}"
             )
+
+
+def check_coarsest(config: Config, largest: Triple) -> None:
+    """A config error where a patch is a single voxel at the coarsest level, as up to `largest` it is: norms erase it."""
+    if all(n <= most for n, most in zip(config.data.patch_size, largest, strict=True)):
+        raise config_error(
+            f"data.patch_size: {list(config.data.patch_size)} is a single voxel at {config.model.architecture}'s coarsest "
+            "level; give larger patches, or a network of fewer levels"
+        )
 
 
 def check_scales(config: Config, builder: Builder) -> None:

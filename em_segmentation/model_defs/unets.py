@@ -27,8 +27,12 @@ class ConvNormAct(nn.Module):
         self.act = act
 
     def forward(self, x: Tensor) -> Tensor:
-        activated: Tensor = self.act(self.dropout(self.norm(self.conv(x))))
-        return activated
+        return self.activated(self.conv(x))
+
+    def activated(self, convolved: Tensor) -> Tensor:
+        """What follows the convolution."""
+        result: Tensor = self.act(self.dropout(self.norm(convolved)))
+        return result
 
 
 class TwoConvs(nn.Sequential):
@@ -104,8 +108,19 @@ class ResidualUnit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, n...) -> (B, out, ceil(n / stride)...)."""
-        summed: Tensor = self.units(x) + self.skip(x)
-        return summed
+        if not isinstance(self.skip, Conv3d):
+            summed: Tensor = self.units(x) + self.skip(x)
+            return summed
+        # the first convolution and the skip see the same cells: one pass over them for both
+        first, *others = self.units
+        assert isinstance(first, ConvNormAct) and first.conv.bias is not None and self.skip.bias is not None
+        weight = torch.cat([first.conv.weight, self.skip.weight])
+        both = self.skip.convolved(x, weight, torch.cat([first.conv.bias, self.skip.bias]))
+        inner, skipped = both.chunk(2, 1)
+        inner = first.activated(channels_last(inner))
+        for unit in others:
+            inner = unit(inner)
+        return inner + skipped
 
 
 class UpResidual(nn.Module):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from common.checkpoint import load_checkpoint, load_weights, save_checkpoint, update_average
+from common.checkpoint import load_checkpoint, load_optimizer, load_weights, save_checkpoint, update_average
 from common.files import write_atomically
 from tests.common.test_files import data_error_that_names
 
@@ -225,3 +225,62 @@ def test_a_checkpoint_that_lacks_entries_or_holds_odd_ones_is_refused(tmp_path: 
     with data_error_that_names(tmp_path / "a.pt") as told:
         load_checkpoint(tmp_path / "a.pt", "a", {"step": int, "weights": dict})
     assert "lacks " + ("step" if state["step"] == "1" else "weights") in told[0]
+
+
+def stepped(name: str, seed: int) -> tuple[nn.Sequential, torch.optim.Optimizer]:
+    """A network of two groups of weights after two steps of an optimizer."""
+    model = network(seed)
+    groups = [
+        {"params": [p for p in model.parameters() if (p.dim() > 1) == decays], "name": kind}
+        for kind, decays in (("weights", True), ("biases", False))
+    ]
+    made: torch.optim.Optimizer = (
+        torch.optim.AdamW(groups, lr=0.1) if name == "AdamW" else torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    )
+    for _ in range(2):
+        model(torch.ones(3, 3)).square().sum().backward()
+        made.step()
+        made.zero_grad()
+    return model, made
+
+
+MOMENTS = {"AdamW": ("exp_avg", "exp_avg_sq"), "SGD": ("momentum_buffer",)}
+
+
+@pytest.mark.parametrize("name", MOMENTS)
+def test_an_optimizer_goes_on_where_it_was(name: str) -> None:
+    model, optimizer = stepped(name, 1)
+    again, other = copy.deepcopy(model), stepped(name, 2)[1]
+    names = dict(zip(model.parameters(), again.parameters(), strict=True))
+    for group in other.param_groups:
+        group["params"] = [
+            names[p] for own in optimizer.param_groups if own["name"] == group["name"] for p in own["params"]
+        ]
+    load_optimizer(other, copy.deepcopy(optimizer.state_dict()), MOMENTS[name])
+    for one, stepping in ((model, optimizer), (again, other)):
+        one(torch.ones(3, 3)).square().sum().backward()
+        stepping.step()
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(model.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", MOMENTS)
+def test_an_optimizer_that_does_not_fit_is_a_value_error(name: str) -> None:
+    whole = stepped(name, 1)[1].state_dict()
+    moment = MOMENTS[name][-1]
+    for damage in ("shape", "moment", "group", "state", "name"):
+        spoiled = copy.deepcopy(whole)
+        if damage == "shape":
+            spoiled["state"][1][moment] = torch.zeros(7)
+        elif damage == "moment":
+            del spoiled["state"][1][moment]
+        elif damage == "group":
+            spoiled["param_groups"].pop()
+        elif damage == "state":
+            spoiled["state"] = {}
+        else:
+            spoiled["param_groups"][0]["name"] = "another"
+        with pytest.raises((ValueError, KeyError)):
+            load_optimizer(stepped(name, 2)[1], spoiled, MOMENTS[name])
+    del whole["state"][0]["step" if name == "AdamW" else moment]
+    with pytest.raises((ValueError, KeyError)):
+        load_optimizer(stepped(name, 2)[1], whole, MOMENTS[name])

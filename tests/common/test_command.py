@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.command import parse_config, script_parser
+from common.command import parse_config, preset_of, script_parser
 from common.config import as_yaml, configure
 from common.errors import UserError, config_error, data_error, run_script
 from motor_detection import convert, eval, train
 from motor_detection.config import PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
-ENTRY_SCRIPTS = sorted(p for p in (ROOT / "motor_detection").glob("*.py") if "run_script(main)" in p.read_text())
+TASKS = ("motor_detection", "em_segmentation")
+ENTRY_SCRIPTS = sorted(p for task in TASKS for p in (ROOT / task).glob("*.py") if "run_script(main)" in p.read_text())
 CONFIGURED = [script for script in ENTRY_SCRIPTS if "script_parser(" in script.read_text()]
 BAD_CALL = [str(ROOT / "motor_detection/convert.py"), "train.step=3", "train.workers=2.5", "--preset", "kaggle"]
 HELP_OF_EACH = """
@@ -94,6 +95,39 @@ def test_the_first_preset_is_the_default() -> None:
 def test_an_unknown_preset_is_named_with_those_there_are() -> None:
     with pytest.raises(UserError, match="--preset lots: expected one of few, many"):
         parsed("--preset", "lots")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOf:
+    preset: str = "few"
+
+
+@dataclasses.dataclass(frozen=True)
+class WithRun:
+    beads: Beads = Beads()
+    run: RunOf = RunOf()
+
+
+PRESETS_WITH_RUN = {"few": WithRun(), "many": WithRun(Beads(300), RunOf("many"))}
+
+
+def test_a_yaml_may_name_the_preset_it_changes(tmp_path: Path) -> None:
+    """So that a tutorial is one file; words on the command line still win."""
+    (tmp_path / "many.yaml").write_text("run: {preset: many}\n")
+    (tmp_path / "none.yaml").write_text("beads: {count: 7}\nrun:\n")
+    (tmp_path / "odd.yaml").write_text("run: {preset: 3}\n")
+    many, none = str(tmp_path / "many.yaml"), tmp_path / "none.yaml"
+
+    def found(*arguments: str) -> tuple[int, str]:
+        config, _ = parse_config(script_parser("A script.", PRESETS_WITH_RUN), PRESETS_WITH_RUN, list(arguments))
+        return config.beads.count, config.run.preset
+
+    assert found() == (3, "few") and found("--config", many) == (300, "many")
+    assert found("--config", many, "beads.count=8") == (8, "many")
+    assert found("--preset", "few", "--config", many)[0] == 3
+    assert preset_of([none, Path(many)], "few") == "many" and preset_of([none], "few") == "few"
+    with pytest.raises(UserError, match="--preset 3: expected one of few, many"):
+        found("--config", str(tmp_path / "odd.yaml"))
 
 
 def test_words_and_flags_stand_in_any_order_and_files_apply_left_to_right(tmp_path: Path) -> None:

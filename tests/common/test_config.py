@@ -33,6 +33,19 @@ class Kinds:
 
 
 @dataclasses.dataclass(frozen=True)
+class Spellings:
+    paths: tuple[str, ...] = ()
+    pair: tuple[str, str] = ("a", "b")
+    precision: Literal["32", "16-mixed"] = "16-mixed"
+    numbers: tuple[float, ...] = (1.0,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    spellings: Spellings = Spellings()
+
+
+@dataclasses.dataclass(frozen=True)
 class Window:
     low: int = 1
     high: int = 3
@@ -391,3 +404,21 @@ def test_limits_include_both_ends_and_look_at_every_item_of_a_list() -> None:
     assert list(outside(kinds, {"count": (4, 9), "ladder": (1, 6)})) == [
         "count: expected 4 to 9, got 3", "ladder: expected 1 to 6, got [1.0, 7.0]"
     ]  # fmt: skip
+
+
+def test_one_text_may_stand_where_a_list_of_texts_may(tmp_path: Path) -> None:
+    def paths(text: str) -> tuple[str, ...]:
+        return configure(Written(), [written(tmp_path / "a.yaml", f"spellings: {{paths: {text}}}")], []).spellings.paths
+
+    assert paths("a b.tif") == ("a b.tif",) and paths("[a, b]") == ("a", "b") and paths("[]") == ()
+    for wrong in ("spellings.paths=3", "spellings.paths=null", "spellings.pair=a", "spellings.numbers=1"):
+        with pytest.raises(UserError, match="expected a list"):
+            configure(Written(), [], [wrong])
+
+
+def test_a_whole_number_may_stand_where_a_choice_of_texts_holds_it() -> None:
+    """YAML reads precision: 32 as a number."""
+    assert configure(Written(), [], ["spellings.precision=32"]).spellings.precision == "32"
+    for wrong in ("16", "32.0", "true", "'032'"):
+        with pytest.raises(UserError, match="expected one of 32, 16-mixed"):
+            configure(Written(), [], [f"spellings.precision={wrong}"])

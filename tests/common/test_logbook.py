@@ -18,7 +18,7 @@ import yaml
 
 from common import logbook
 from common.errors import BAD_DATA, WRONG_CALL, UserError
-from common.logbook import VERSIONED, Scalars, environment, open_run, progress, read_metrics, write_metrics
+from common.logbook import VERSIONED, Scalars, clear_run, environment, open_run, progress, read_metrics, write_metrics
 
 IDENTITY = "train:\n  seed: 1\n  steps: 10\n"
 
@@ -195,3 +195,18 @@ def test_with_tensorboard_a_killed_and_continued_run_shows_one_curve(tmp_path: P
     events = accumulator.EventAccumulator(str(tmp_path))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 4.0), (2, 3.0), (3, 2.0), (4, 1.0)]
+
+
+def test_a_run_is_cleared_and_nothing_that_is_none(tmp_path: Path) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    clear_run(run)  # there is nothing yet
+    open_run(run, Constants(), IDENTITY, ["train.py"])
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "last.pt").write_bytes(b"1")
+    clear_run(run)
+    assert not run.exists()
+    other.mkdir()
+    (other / "thesis.tex").write_text("all of it")
+    with pytest.raises(UserError, match=r"--fresh: .*other is not a run's folder .* nothing was deleted") as caught:
+        clear_run(other)
+    assert caught.value.exit_code == WRONG_CALL and (other / "thesis.tex").exists()

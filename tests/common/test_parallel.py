@@ -15,16 +15,17 @@ import torch.multiprocessing
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
-from common.errors import BAD_DATA, UserError, data_error
+from common.errors import BAD_DATA, WRONG_CALL, UserError, data_error
 from common.parallel import (
     all_ranks_do,
     average_gradients,
+    check_same_step,
     first_rank_does,
     gather_objects,
     process_group,
     sum_over_ranks,
 )
-from common.step import RunningStatistics, guarded_update
+from common.step import RunningStatistics, agree_on_step, guarded_update
 from common.streams import micro_batches
 
 RANKS = 2
@@ -132,6 +133,23 @@ def work_together(rank: int, bad: tuple[int, ...]) -> tuple[int, list[str]]:
         return error.exit_code, error.problems
 
 
+def agreed(rank: int, losses: list[float], stop: bool) -> tuple[float, bool] | list[str]:
+    """What agree_on_step says to a rank with these losses, or the problems it meets."""
+    try:
+        return agree_on_step(torch.tensor(losses), [f"{rank}.{n}" for n in range(len(losses))], stop)
+    except UserError as error:
+        return error.problems
+
+
+def same_step(step: int) -> tuple[int, list[str]]:
+    """Exit code and problems of check_same_step, 0 where there is none."""
+    try:
+        check_same_step(step, Path("runs/a"))
+    except UserError as error:
+        return error.exit_code, error.problems
+    return 0, []
+
+
 def meet(rank: int, port: int, folder: str) -> None:
     """One of two processes: every exchange once, with what came out saved for the tests below."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_RANK=str(rank))
@@ -160,6 +178,9 @@ def meet(rank: int, port: int, folder: str) -> None:
             small_model([torch.full((2, 3), torch.inf if rank else 1.0), torch.ones(2)])
         )
         found["trained"] = train(rank, RANKS, 2)
+        found["agreed"] = agreed(rank, [1.0, 2.0] if rank == 0 else [6.0], rank == 1)
+        found["not finite"] = agreed(rank, [1.0] if rank == 0 else [2.0, torch.nan], False)
+        found["same step"] = [same_step(7), same_step(7 + rank)]
         try:
             average_gradients(channels_last := channels_last_model(rank))
             found["channels last"] = gradients_of(channels_last)
@@ -213,6 +234,23 @@ def test_sums_and_gathered_objects_are_the_same_on_both(two: list[dict[str, Any]
         assert one["summed"].tolist() == [3, 20]
         assert one["in place"]
         assert one["gathered"] == [{"rank": 0, "rows": []}, {"rank": 1, "rows": ["é"] * 1000}]
+
+
+def test_a_step_has_one_loss_and_one_answer_whether_to_stop(two: list[dict[str, Any]]) -> None:
+    """The mean over samples, not over ranks; and whoever is asked to stop, all stop."""
+    assert [one["agreed"] for one in two] == [(3.0, True), (3.0, True)]
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_both_and_the_first_names_it(two: list[dict[str, Any]]) -> None:
+    (told,) = two[0]["not finite"]
+    assert "the loss is not finite on 1.1;" in told and two[1]["not finite"] == []
+
+
+def test_processes_that_would_continue_at_different_steps_are_told(two: list[dict[str, Any]]) -> None:
+    assert [one["same step"][0] for one in two] == [(0, []), (0, [])]
+    (code, (told,)), other = two[0]["same step"][1], two[1]["same step"][1]
+    assert code == WRONG_CALL and "at the steps [7, 8]" in told and "all machines share" in told
+    assert other == (WRONG_CALL, [])
 
 
 def test_the_first_rank_works_alone_and_tells_its_problems_once(two: list[dict[str, Any]]) -> None:

@@ -12,7 +12,7 @@ from torch.amp import GradScaler
 
 from common.errors import BAD_DATA, UserError
 from common.parallel import process_group
-from common.step import RunningStatistics, autocast, guarded_update
+from common.step import RunningStatistics, agree_on_step, autocast, guarded_update
 
 NO_SCALER = GradScaler("cpu", enabled=False)
 
@@ -192,3 +192,17 @@ def test_a_parameter_without_a_gradient_is_a_fault_unless_it_is_frozen() -> None
         guarded_update(model, optimizer, NO_SCALER, 1.0)
     model[1].requires_grad_(False)
     guarded_update(model, optimizer, NO_SCALER, 1.0)
+
+
+def test_the_mean_loss_of_a_step_and_whether_to_stop() -> None:
+    assert agree_on_step(torch.tensor([1.0, 2.0, 6.0]), ["a", "b", "c"], False) == (3.0, False)
+    assert agree_on_step(torch.tensor([1.0], dtype=torch.bfloat16), ["a"], True) == (1.0, True)
+    tiny = agree_on_step(torch.tensor([1e8, 1.0, -1e8]), ["a", "b", "c"], False)[0]
+    assert tiny == pytest.approx(1 / 3), "summed in float64"
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_losses_that_are_not_finite_are_named(bad: float) -> None:
+    with pytest.raises(UserError, match="the loss is not finite on b, d; look at these patches") as caught:
+        agree_on_step(torch.tensor([1.0, bad, 2.0, bad]), ["a", "b", "c", "d"], False)
+    assert caught.value.exit_code == BAD_DATA

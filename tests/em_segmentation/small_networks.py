@@ -83,9 +83,9 @@ def alone() -> Iterator[None]:
         yield
 
 
-def run_script(name: str, *words: object) -> subprocess.CompletedProcess[str]:
+def run_script(name: object, *words: object) -> subprocess.CompletedProcess[str]:
     """An entry script of em_segmentation in a process of its own, on one thread."""
     return subprocess.run(
-        [sys.executable, str(ROOT / "em_segmentation" / name), *map(str, words)],
+        [sys.executable, str(ROOT / "em_segmentation" / str(name)), *map(str, words)],
         capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300, check=False,
     )  # fmt: skip

@@ -7,7 +7,7 @@ import pytest
 
 from common.metrics.intervals import bootstrap_interval
 from common.metrics.segmentation import adapted_rand, add_overlaps
-from em_segmentation.config import Evaluation
+from em_segmentation.config_inference import Evaluation
 from em_segmentation.evaluation import (
     ByteHistogram,
     Truth,
@@ -74,13 +74,15 @@ def test_masks_of_nothing() -> None:
         assert interval.low == interval.estimate == interval.high == expected
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(8))
 def test_the_mask_threshold_is_the_best_there_is(seed: int) -> None:
     draw = np.random.default_rng(seed)
     truth, annotated = draw.random((6, 7, 8)) < draw.uniform(0, 0.6), draw.random((6, 7, 8)) < 0.9
     values = np.clip(truth * draw.integers(0, 120) + draw.normal(90, 40, truth.shape), 0, 255).astype(np.uint8)
     curve = jaccard_curve(ByteHistogram.of(values, truth, annotated))
-    brute = [jaccard_of(mask_counts(truth, values >= t, annotated)) for t in range(1, 256)]
+    masks = [(values >= t)[annotated] for t in range(1, 256)]
+    both, either = ([op(mask, truth[annotated]).sum() for mask in masks] for op in (np.logical_and, np.logical_or))
+    brute = [b / e if e else 1.0 for b, e in zip(both, either, strict=True)]
     np.testing.assert_allclose(curve, brute)
     assert brute[best_mask_threshold(curve) - 1] == max(brute)
 
@@ -176,7 +178,7 @@ def test_agrees_with_scikit_image() -> None:
     figures = instance_figures([overlap_pieces(everywhere(truth), found)], SETTINGS)
     error, precision, recall = metrics.adapted_rand_error(truth, found, ignore_labels=(0,))
     assert figures["adapted_rand_error"] == pytest.approx(error)
-    assert {figures["rand_precision"], figures["rand_recall"]} == {pytest.approx(precision), pytest.approx(recall)}
+    assert sorted((figures["rand_precision"], figures["rand_recall"])) == pytest.approx(sorted((precision, recall)))
     split, merge = metrics.variation_of_information(truth, found, ignore_labels=(0,))
     assert sorted((figures["voi_split"], figures["voi_merge"])) == pytest.approx(sorted((split, merge)))
 
@@ -264,7 +266,8 @@ def test_intervals_contain_the_estimate(seed: int) -> None:
     found = np.where(draw.random(truth.shape) < draw.uniform(0.05, 0.5), draw.integers(1, 20, truth.shape), truth + 1)
     volumes = [overlap_pieces(everywhere(truth), found)]
     interval = interval_of_rand(volumes, SETTINGS)
-    assert interval.low <= interval.estimate == pytest.approx(rand_error(volumes)) <= interval.high
+    assert interval.low <= interval.estimate <= interval.high
+    assert interval.estimate == pytest.approx(rand_error(volumes))
     counts = mask_counts(truth == 1, found == 2, np.ones(truth.shape, bool))
     interval = interval_of_counts(counts, SETTINGS)
     assert 0 <= interval.low <= interval.estimate == jaccard_of(counts) <= interval.high <= 1

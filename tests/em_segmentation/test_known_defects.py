@@ -65,16 +65,16 @@ def test_the_table_above_is_complete_and_every_test_in_it_exists() -> None:
 
 
 def test_known_defect_6_volumes_are_read_patch_by_patch(tmp_path: Path) -> None:
-    """A volume of 40 GB, of which nothing but the header and the patches' bytes is read."""
-    shape, settings = (40, 32768, 32768), []
+    """A volume of 2.7 GB, of which nothing but the header and the patches' bytes is read."""
+    shape, settings = (40, 8192, 8192), []
     for name in ("image", "label"):
         path = tmp_path / f"{name}.npy"
         with path.open("wb") as file:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
             start = file.tell()
-            file.truncate(start + 40 * 32768**2)  # a file with a hole takes no room on the disk
-            file.seek(start + 16384 * 32768 + 16384)
+            file.truncate(start + 40 * 8192**2)  # a file with a hole takes no room on the disk
+            file.seek(start + 4096 * 8192 + 4096)
             file.write(bytes(range(100)))  # contrast in the middle of section 0
         settings.append(f"data.train_{name}={path}")
     config = changed(BASE, *settings, "data.voxel_size_nm=[8,8,8]", "data.patch_size=[32,64,64]")

@@ -1,5 +1,6 @@
 """Files of a prediction: continued after a kill, shared between processes, opened again with what belongs to them."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import gaussian_filter
 
 from common.errors import UserError
 from common.volumes.opening import open_volume
@@ -69,8 +71,6 @@ def bytes_of(folder: Path, config: Config, sections: tuple[int, int]) -> np.ndar
 
 def blobs(path: Path, channels: int, shape: tuple[int, int, int]) -> Volume:
     """Bytes that decode into many objects: smooth noise."""
-    from scipy.ndimage import gaussian_filter
-
     noise = gaussian_filter(np.random.default_rng(0).standard_normal((channels, *shape)), (0, 1, 2, 2))
     values = np.clip(128 + noise / noise.std() * 70, 0, 255).astype(np.uint8)
     np.save(path, values if channels > 1 else values[0])
@@ -98,8 +98,6 @@ def test_a_prediction_is_written_whole_and_recognised(tmp_path: Path, sections: 
 
 def test_what_a_prediction_is_made_from(tmp_path: Path) -> None:
     """Whatever changes its bytes or its header changes its identity; how the same file is named does not."""
-    import dataclasses
-
     config, source = small_config(), source_at(tmp_path, (0, 40))
     axes = open_volume(tmp_path / "image.npy", "xyz")
     relative = open_volume(os.path.relpath(tmp_path / "image.npy"), "auto")
@@ -263,6 +261,7 @@ def test_shares_part_what_is_missing_where_rows_begin() -> None:
     assert share_of([], starts, 0, 3) == []
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_bytes_of_one(tmp_path: Path) -> None:
     config = small_config()
     write_checkpoint(config, tmp_path / "best.pt", 0)

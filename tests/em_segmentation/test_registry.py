@@ -144,11 +144,12 @@ def test_a_number_of_channels_that_the_targets_do_not_need_is_told() -> None:
         (("model.architecture=unet", "model.filters=[8]"), "model.filters: unet takes at least 2 levels"),
         (("model.architecture=unet", "data.patch_size=[48,48,48]"), "takes multiples of 32 voxels, got [48, 48, 48]"),
         (("model.architecture=mednext", "data.patch_size=[24,48,48]"), "mednext takes multiples of 16 voxels"),
+        (("model.architecture=mednext", "data.patch_size=[16,16,16]"), "is a single voxel at mednext's coarsest level"),
         (("model.architecture=unetr", "data.patch_size=[24,48,48]"), "unetr takes multiples of 16 voxels"),
         (("model.architecture=unetr", "inference.window_size=[128,112,112]"), "inference.window_size: unetr knows"),
         (("model.architecture=swin_unetr", "data.patch_size=[48,64,64]"), "swin_unetr takes multiples of 32 voxels"),
         (("model.architecture=swin_unetr", "data.patch_size=[64,64,64]"), "model.feature_size: swin_unetr takes"),
-        (("model.architecture=rsunet", "data.patch_size=[16,16,16]"), "is a single voxel at the last of 6 levels"),
+        (("model.architecture=rsunet", "data.patch_size=[16,16,16]"), "is a single voxel at rsunet's coarsest level"),
         (("model.deep_supervision=true",), "model.deep_supervision: basic_unet3d has one scale"),
     ],
 )  # fmt: skip
@@ -166,7 +167,8 @@ def test_the_smallest_patches_that_are_accepted_can_be_trained_on(name: str) -> 
             continue
         output = model(torch.randn(1, 1, edge, edge, edge))
         assert output.shape[2:] == (edge, edge, edge)
-        output.sum().backward()
+        output.square().sum().backward()
+        assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
         return
     raise AssertionError("no patch fits")
 

@@ -23,6 +23,7 @@ from em_segmentation import trainer, validation
 from em_segmentation.augmentation import Patch
 from em_segmentation.config import Config
 from em_segmentation.dataset import open_volumes, patch_stream, stack
+from em_segmentation.model_defs import registry
 from em_segmentation.model_defs.registry import KIND
 from em_segmentation.objective import build_targets
 from em_segmentation.schedule import ranked
@@ -534,3 +535,32 @@ def test_reading_processes_of_validation_are_kept_or_not_and_change_nothing(
         plain = validate(model, validation.validation_loader(volumes, small), volumes, small, tmp_path)
         assert (loader._iterator is not None) == kept  # its processes live on
     assert first == second == plain
+
+
+class Own(torch.nn.Module):
+    """A user's network with a weight that it forgot."""
+
+    def __init__(self, frozen: bool) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv3d(1, 4, 3, padding=1)
+        self.forgotten = torch.nn.Parameter(torch.ones(3), requires_grad=not frozen)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.conv(x)
+        return logits
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_network_of_ones_own_trains_and_a_weight_without_a_part_is_told_unless_it_is_frozen(
+    small: Config, tmp_path: Path, frozen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(registry.ARCHITECTURES, "own_net", lambda config, out_channels: Own(frozen))
+    config = changed(small, "model.architecture=own_net", "training.max_epochs=2")
+    if not frozen:
+        with pytest.raises(UserError, match="own_net's network.forgotten has no part in the loss") as caught:
+            train_alone(config, tmp_path)
+        assert caught.value.exit_code == WRONG_CALL
+        return
+    records = train_alone(config, tmp_path)
+    assert records[-1]["train_loss"] < records[0]["train_loss"]
+    assert train_alone(config, tmp_path) == records, "and is complete"

@@ -19,11 +19,11 @@ KILLS = 5
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """60 steps with every augmentation, a plateau that follows validation, and the two best epochs kept."""
+    """160 steps with every augmentation, a plateau that follows validation, and the two best epochs kept."""
     folder = tmp_path_factory.mktemp("continued")
     write_volumes(folder)
     return changed(
-        small_config(folder), "training.max_epochs=6", "training.steps_per_epoch=10", "checkpoint.every_n_steps=4",
+        small_config(folder), "training.max_epochs=8", "training.steps_per_epoch=20", "checkpoint.every_n_steps=7",
         "checkpoint.save_top_k=2", "scheduler.name=plateau", "scheduler.patience=1", "scheduler.factor=0.5",
         "checkpoint.monitor=val_dice", "checkpoint.mode=max",
     )  # fmt: skip
@@ -50,13 +50,13 @@ def test_killed_at_random_moments_a_run_ends_in_the_same_bits(
     command = script(in_folder(config, tmp_path, "killed"), tmp_path, processes, [])
     last = tmp_path / "killed" / "checkpoints" / "last.pt"
     for _ in range(KILLS):
-        if not kill_at_random(command, tmp_path / "killed", dice, 3.0):
+        if not kill_at_random(command, tmp_path / "killed", dice, 1.5):
             break
         steps.append(saved(tmp_path / "killed", "last.pt")["step"] if last.exists() else 0)
     done = run_command(command)
     assert done.returncode == 0, done.stderr
     print(f"\n{processes} processes, {workers} workers: killed when the last checkpoint was of step {steps}")
-    assert len([step for step in steps if step < 60]) >= 2, "too few kills hit the run"
+    assert len([step for step in steps if step < 160]) >= 2, "too few kills hit the run"
     assert_same(tmp_path / "reference", tmp_path / "killed")
 
 
@@ -65,23 +65,23 @@ def test_other_networks_and_optimizers_are_continued_in_the_same_bits_too(small:
     """Other networks than the small one: dropout is drawn anew for every step."""
     for number, changes in enumerate((
         ("model.architecture=unet", "model.filters=[4,6]", "model.dropout=0.3", "optimizer.name=SGD"),
-        ("model.architecture=mednext_custom", "model.mednext_base_channels=4", "data.patch_size=[16,16,16]",
-         "model.deep_supervision=true", "model.mednext_block_counts=[1,1,1,1,1,1,1,1,1]", "data.val_image=[]",
-         "data.val_label=[]", "scheduler.name=cosine"),
+        ("model.architecture=mednext_custom", "model.mednext_base_channels=4", "data.patch_size=[16,16,32]",
+         "augmentation.turn=0", "model.deep_supervision=true", "model.mednext_block_counts=[1,1,1,1,1,1,1,1,1]",
+         "data.val_image=[]", "data.val_label=[]", "scheduler.name=cosine"),
     )):  # fmt: skip
         config = changed(thick(small, tmp_path) if number else small, *changes, "training.max_epochs=2")
         done = run_command(script(in_folder(config, tmp_path, f"reference-{number}"), tmp_path, 0, []))
         assert done.returncode == 0, done.stderr
         command = script(in_folder(config, tmp_path, f"killed-{number}"), tmp_path, 0, [])
         for _ in range(2):
-            kill_at_random(command, tmp_path / f"killed-{number}", random.Random(number), 3.0)
+            kill_at_random(command, tmp_path / f"killed-{number}", random.Random(number), 1.0)
         assert run_command(command).returncode == 0
         assert_same(tmp_path / f"reference-{number}", tmp_path / f"killed-{number}")
 
 
 def thick(config: Config, folder: Path) -> Config:
     """Training on one volume of enough sections for MedNeXt."""
-    grey = np.random.default_rng(0).integers(0, 255, (18, 20, 24), np.uint8)
+    grey = np.random.default_rng(0).integers(0, 255, (18, 20, 34), np.uint8)
     np.save(folder / "thick_image.npy", grey)
     np.save(folder / "thick_labels.npy", (grey > 128).astype(np.uint8))
     return changed(config, f"data.train_image={folder}/thick_image.npy", f"data.train_label={folder}/thick_labels.npy",

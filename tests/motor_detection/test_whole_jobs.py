@@ -1,31 +1,18 @@
 """The whole job by its own commands: the demo on simulated tomograms, and DeepFinder's, which others made."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def run(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
-    """One script from `folder`, with as many threads as a user's would have."""
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    command = [sys.executable, str(ROOT / words[0]), *words[1:]]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    print(done.stdout)
-    return done
+from tests.common_runs import ROOT, run_as_a_user
 
 
 @pytest.mark.slow
 def test_the_demo_finds_motors_that_a_blob_picker_does_not(tmp_path: Path) -> None:
-    run(tmp_path, "motor_detection/train.py", "run.name=demo")
-    run(tmp_path, "motor_detection/eval.py", "run.name=demo")
+    run_as_a_user(tmp_path, "motor_detection/train.py", "run.name=demo")
+    run_as_a_user(tmp_path, "motor_detection/eval.py", "run.name=demo")
     folder = tmp_path / "runs" / "motor_detection" / "demo"
     figures = json.loads((folder / "results" / "metrics.json").read_text())
     assert figures["f2"] >= 0.90 and figures["f2_low"] <= figures["f2"] <= figures["f2_high"]
@@ -39,7 +26,7 @@ def test_the_demo_finds_motors_that_a_blob_picker_does_not(tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_particles_of_deepfinders_simulated_tomograms(tmp_path: Path, real_data: Path) -> None:
-    run(
+    run_as_a_user(
         tmp_path,
         "data/import_deepfinder.py",
         str(real_data / "motor" / "deepfinder_synth"),
@@ -47,7 +34,7 @@ def test_particles_of_deepfinders_simulated_tomograms(tmp_path: Path, real_data:
     )
     words = ("--preset", "kaggle", "--config", str(ROOT / "motor_detection" / "deepfinder.yaml"))
     for script in ("convert.py", "train.py", "eval.py"):
-        run(tmp_path, f"motor_detection/{script}", *words)
+        run_as_a_user(tmp_path, f"motor_detection/{script}", *words)
     results = tmp_path / "runs" / "motor_detection" / "deepfinder" / "results"
     figures = json.loads((results / "metrics.json").read_text())
     assert figures["f2"] >= 0.97, figures
