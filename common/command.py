@@ -70,7 +70,10 @@ def parse_config(
     chosen = parser.parse_intermixed_args(arguments)
     base = [chosen.run / "config.yaml"] if "run" in chosen and chosen.run is not None else []
     files = [*base, *chosen.config]
-    preset = chosen.preset if chosen.preset is not None else preset_of(chosen.config, next(iter(presets)))
+    default = chosen.preset if chosen.preset is not None else next(iter(presets))
+    preset = preset_of(chosen.config, default)
+    if chosen.preset is not None and preset != chosen.preset:
+        raise config_error(f"--preset {chosen.preset}: the YAML stands on run.preset={preset}; leave one of the two out")
     if preset not in presets:
         raise config_error(f"--preset {preset}: expected one of {', '.join(presets)}")
     config = configure(presets[preset], files, chosen.changes)

@@ -252,7 +252,7 @@ class Training:
 class Checkpoint:
     monitor: str = "val_loss"  # a column of metrics.csv; decides which weights are best
     mode: Literal["min", "max"] = "min"
-    save_top_k: int = 1  # best weights kept: best.pt and best-2.pt ...
+    save_top_k: int = 1  # best weights kept: best.pt, and from 2 on epoch-0012.pt ...
     save_last: bool = True  # last.pt, from which a killed run continues
     every_n_steps: int = 100  # of last.pt; a killed run repeats at most these
 

@@ -24,7 +24,7 @@ from common.config import as_yaml
 from common.errors import config_error, data_error
 from common.files import parsing
 from common.interrupt import StopRequest, ignore_interrupts, stop_on_signal
-from common.loading import next_batch
+from common.loading import lost_readers_told, next_batch
 from common.logbook import Scalars, progress, write_metrics
 from common.parallel import all_ranks_do, check_same_step
 from common.schedule import warmup_then_cosine
@@ -237,7 +237,7 @@ def train(config: Config, folder: Path, patches: Patches, device: torch.device) 
         worker_init_fn=ignore_interrupts,
     )
     scalars = Scalars(folder / "tensorboard", state.step) if first else None
-    with stop_on_signal() as stop:
+    with stop_on_signal() as stop, lost_readers_told("train.workers"):
         run_steps(state, next_batch(loader, "train.workers"), stop, patches, config, folder, scalars)
     return state.records
 

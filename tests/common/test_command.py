@@ -124,7 +124,8 @@ def test_a_yaml_may_name_the_preset_it_changes(tmp_path: Path) -> None:
 
     assert found() == (3, "few") and found("--config", many) == (300, "many")
     assert found("--config", many, "beads.count=8") == (8, "many")
-    assert found("--preset", "few", "--config", many)[0] == 3
+    with pytest.raises(UserError, match="--preset few: the YAML stands on run.preset=many; leave one of the two out"):
+        found("--preset", "few", "--config", many)
     assert preset_of([none, Path(many)], "few") == "many" and preset_of([none], "few") == "few"
     with pytest.raises(UserError, match="--preset 3: expected one of few, many"):
         found("--config", str(tmp_path / "odd.yaml"))

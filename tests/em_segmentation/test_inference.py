@@ -269,7 +269,7 @@ def test_working_precision(tmp_path: Path) -> None:
 def test_the_rounding_cost_of_a_network_of_whole_windows_on_a_thin_volume(tmp_path: Path) -> None:
     """It asks for multiples of 16; the volume has 5 sections."""
     config = changed(small_config(), model={"architecture": "mednext_custom", "mednext_base_channels": 2,
-                     "mednext_exp_r": (1,) * 9, "mednext_block_counts": (1,) * 9}, data={"patch_size": (16, 16, 16)},
+                     "mednext_exp_r": (1,) * 9, "mednext_block_counts": (1,) * 9}, data={"patch_size": (16, 32, 16)},
                      inference={"tiling": "blended", "precision": "bf16"})  # fmt: skip
     image = image_at(tmp_path / "image.npy", (5, 20, 17), 0)
     assert rounding_cost(random_model(config, 0), image, SCALE, config) < 0.5
