@@ -130,45 +130,43 @@ def blended_planes(
     rows = [start // stride for start in starts[0]]  # first plane of each row of windows
     ends = [-(-min(start + window[0], shape[0]) // stride) for start in starts[0]]
     used = [number for number in range(len(rows)) if rows[number] < planes[1] and ends[number] > planes[0]]
-    total = torch.empty(0)
-    held = rows[used[0]]  # the first plane that `total` holds
-    for position, number in enumerate(used):
-        sums = blended_row(network, read, shape, window, stride, starts[0][number], (starts[1], starts[2]))
-        missing = ends[number] - held - (total.shape[1] if total.dim() == 4 else 0)
-        fresh = sums.new_zeros(len(sums), missing, high, wide)
-        total = torch.cat([total, fresh], 1) if total.dim() == 4 else fresh
-        total[:, rows[number] - held : ends[number] - held] += sums
-        last = rows[used[position + 1]] if position + 1 < len(used) else ends[number]
-        first, last = max(held, planes[0]), min(last, planes[1])
+    deepest = max(ends[number] - rows[number] for number in used)
+    sums: Tensor | None = None  # (C + 1, deepest, y, x), the weights as a last channel, from plane rows[used[...]] on
+    for number, following in itertools.zip_longest(used, used[1:]):
+        for y, x in itertools.product(starts[1], starts[2]):
+            found, begin = run_window(network, read, shape, window, stride, (starts[0][number], y, x))
+            if sums is None:
+                sums = found.new_zeros(len(found) + 1, deepest, high, wide)
+            place = sums[
+                :, : found.shape[1], begin[1] : begin[1] + found.shape[2], begin[2] : begin[2] + found.shape[3]
+            ]
+            weights = gaussian_weights((found.shape[1], found.shape[2], found.shape[3]), 1 / 8, found.device)
+            place[:-1] += weights * found
+            place[-1] += weights
+        assert sums is not None
+        done = (rows[following] if following is not None else ends[number]) - rows[
+            number
+        ]  # planes without more to come
+        first, last = max(rows[number], planes[0]), min(rows[number] + done, planes[1])
         if last > first:
-            part = total[:, first - held : last - held]
+            part = sums[:, first - rows[number] : last - rows[number]]
             yield first, part[:-1] / part[-1:]
-        total, held = total[:, max(last, held) - held :].clone(), max(last, held)
+        kept = deepest - done
+        for plane in range(kept):  # one after the other: in place, without a copy of all
+            sums[:, plane] = sums[:, plane + done]
+        sums[:, max(kept, 0) :] = 0
 
 
-def blended_row(
+def run_window(
     network: Callable[[Tensor], Tensor],
     read: Callable[[Box], Tensor],
     shape: Triple,
     window: Triple,
     stride: int,
-    z: int,
-    starts: tuple[list[int], list[int]],
-) -> Tensor:
-    """Weighted sums, and the weights as a last channel, of all windows that start at z: (C + 1, dz, y, x)."""
-    total: Tensor | None = None
-    _, high, wide = output_shape(shape, stride)
-    for y, x in itertools.product(*starts):
-        begin = [start // stride * stride for start in (z, y, x)]
-        end = [min(start + edge, n) for start, edge, n in zip((z, y, x), window, shape, strict=True)]
-        found = network(read(((begin[0], begin[1], begin[2]), (end[0], end[1], end[2]))))[0].float()
-        depth, height, width = found.shape[1:]
-        weights = gaussian_weights((depth, height, width), 1 / 8, found.device)
-        if total is None:
-            total = found.new_zeros(len(found) + 1, depth, high, wide)
-        y0, x0 = begin[1] // stride, begin[2] // stride
-        place = total[:, :, y0 : y0 + height, x0 : x0 + width]
-        place[:-1] += weights * found
-        place[-1] += weights
-    assert total is not None
-    return total
+    start: Triple,
+) -> tuple[Tensor, list[int]]:
+    """The network's map (C, z, y, x) float32 of the window at a start, and the output cell that it begins at."""
+    begin = [first // stride * stride for first in start]
+    end = [min(first + edge, n) for first, edge, n in zip(start, window, shape, strict=True)]
+    found = network(read(((begin[0], begin[1], begin[2]), (end[0], end[1], end[2]))))[0].float()
+    return found, [first // stride for first in begin]

@@ -68,7 +68,7 @@ class Evaluation:
     boundary_tolerance_nm: float = 50.0  # of boundary F1
     min_object_voxels: int = 0  # smaller true objects are not judged
     confidence: float = 0.95  # of the intervals
-    bootstrap_resamples: int = 1000  # of blocks of sections
+    bootstrap_resamples: int = 1000  # of pieces of the test volumes
     seed: int = 0
 
     def problems(self) -> Iterator[str]:

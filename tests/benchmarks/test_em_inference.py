@@ -95,7 +95,8 @@ def test_windows_are_six_times_faster_than_the_references_at_equal_dice() -> Non
     voxels = np.prod(SHAPE) / 1e3
     print(
         f"\n{list(SHAPE)} voxels: ours {seconds[0]:.1f} s ({voxels / seconds[0]:.0f} kvoxel/s, Dice {dice[0]:.4f}), "
-        f"MONAI {seconds[1]:.1f} s ({voxels / seconds[1]:.0f} kvoxel/s, Dice {dice[1]:.4f}): {seconds[1] / seconds[0]:.1f} times"
+        f"MONAI {seconds[1]:.1f} s ({voxels / seconds[1]:.0f} kvoxel/s, Dice {dice[1]:.4f}): "
+        f"{seconds[1] / seconds[0]:.1f} times"
     )
     assert dice[0] >= dice[1] - DICE_TOLERANCE
     assert seconds[1] >= TIMES_FASTER * seconds[0]

@@ -14,6 +14,7 @@ from common.tiling import (
     Tile,
     Triple,
     balanced_tile,
+    blended_planes,
     cube,
     exact_tiles,
     gaussian_weights,
@@ -241,6 +242,27 @@ def test_blended_windows_of_a_local_network_change_nothing(stride: int, seed: in
     blended = run_blended(cells_of(stride), reader(volume), shape, window, stride, float(draw.uniform(0, 0.8)))
     assert blended.dtype == torch.float32
     torch.testing.assert_close(blended, cells_of(stride)(volume[None])[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_range_of_planes_has_the_bits_of_the_whole(seed: int) -> None:
+    """So that a killed call may continue anywhere, and processes may share the planes."""
+    draw = np.random.default_rng(seed)
+    shape, window, overlap = (
+        triple(draw.integers(4, 30, 3)),
+        triple(draw.integers(3, 12, 3)),
+        float(draw.uniform(0, 0.8)),
+    )
+    volume = torch.randn(1, *shape)
+
+    def network(x: Tensor) -> Tensor:
+        return x - x.mean()  # knows its whole window
+
+    whole = run_blended(network, reader(volume), shape, window, 1, overlap)
+    first, last = sorted(draw.choice(shape[0] + 1, 2, replace=False).tolist())
+    parts = list(blended_planes(network, reader(volume), shape, window, 1, overlap, (first, last)))
+    assert [plane for plane, _ in parts] == list(np.cumsum([first, *(part.shape[1] for _, part in parts[:-1])]))
+    assert torch.equal(torch.cat([part for _, part in parts], 1), whole[:, first:last])
 
 
 def test_a_constant_map_stays_constant() -> None:
