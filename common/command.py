@@ -73,7 +73,9 @@ def parse_config(
     default = chosen.preset if chosen.preset is not None else next(iter(presets))
     preset = preset_of(chosen.config, default)
     if chosen.preset is not None and preset != chosen.preset:
-        raise config_error(f"--preset {chosen.preset}: the YAML stands on run.preset={preset}; leave one of the two out")
+        raise config_error(
+            f"--preset {chosen.preset}: the YAML stands on run.preset={preset}; leave one of the two out"
+        )
     if preset not in presets:
         raise config_error(f"--preset {preset}: expected one of {', '.join(presets)}")
     config = configure(presets[preset], files, chosen.changes)
