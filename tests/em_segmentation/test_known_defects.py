@@ -4,7 +4,7 @@
  2 x, y, z taken for z, y, x                       tests/em_segmentation/test_volumes.py::test_known_defect_2_permuted_axes_are_named
  3 affinities flipped without moving their offsets tests/em_segmentation/test_turns.py::test_naive_averages_of_flips_are_wrong
  4 two places where an affinity may be stored      tests/em_segmentation/test_decoding_components.py::test_affinity_components_equal_spreading_a_label_until_nothing_changes
- 5 affinities to segments, slowly                  tests/benchmarks/test_em_decoding.py::test_the_whole_decoding_takes_less_than_the_watershed_of_scikit_image
+ 5 affinities to segments, slowly                  tests/benchmarks/test_em_decoding.py::test_watershed_is_three_times_as_fast_as_scikit_image_and_no_worse
  6 volumes that must fit into memory, seams        test_known_defect_6_volumes_are_read_patch_by_patch
  7 weights without the code to judge them          tests/em_segmentation/test_train_script.py::test_known_defect_7_the_best_weights_bring_their_network_with_them
  8 full memory, killed readers, losses of NaN      tests/em_segmentation/test_training.py::test_known_defect_8_a_loss_that_is_no_number_names_the_patches_and_keeps_the_checkpoint

@@ -72,7 +72,7 @@ def test_the_phantom_lies_beside_its_root_and_its_files_are_named(
     config = changed(BASE, "data.source=phantom", f"data.root={tmp_path}/em", "data.num_workers=3")
     found = resolve(config).data
     folder = tmp_path / f"em-{fingerprint(config.phantom)}"
-    assert asked == [(config.phantom, folder, 3)]
+    assert asked == [(config.phantom, folder, places.PRODUCERS)]
     assert found.train_image == (str(folder / "train_0/image.npy"),)
     assert found.val_label == (str(folder / "validation_0/labels.npy"),)
     assert found.test_label == (str(folder / "test_0/labels.npy"),)
