@@ -26,32 +26,34 @@ def window_attention(qkv: Tensor, bias: Tensor, masks: Tensor, kinds: Tensor) ->
 
 
 class _WindowAttention(torch.autograd.Function):
-    """A few windows at a time, so that no score ever leaves the caches; the backward pass computes them again.
+    """A few windows at a time, so that scores stay in the caches; of them the probabilities alone are kept for training.
 
-    torch's fused attention has no gradient by the bias on a CPU, and falls back to keeping all scores.
+    torch's fused attention has no gradient by the bias on a CPU, and falls back to slower steps over all windows.
     """
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, bias: Tensor, masks: Tensor, kinds: Tensor) -> Tensor:
-        ctx.save_for_backward(qkv, bias, masks, kinds)
         windows, n, _, heads, d = qkv.shape
-        out = qkv.new_empty(windows, n, heads, d)
+        out, kept = qkv.new_empty(windows, n, heads, d), []
         for chunk in _chunks(windows, heads * n * n):
             q, k, v = qkv[chunk].permute(2, 0, 3, 1, 4)
-            out[chunk] = (_probabilities(q, k, bias, masks, kinds[chunk]) @ v).transpose(1, 2)
+            p = _probabilities(q, k, bias, masks, kinds[chunk])  # (w, heads, n, n)
+            out[chunk] = (p @ v).transpose(1, 2)
+            if any(ctx.needs_input_grad):
+                kept.append(p)
+        ctx.save_for_backward(qkv, bias, *kept)
         return out.flatten(2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        qkv, bias, masks, kinds = ctx.saved_tensors
+        qkv, bias, *kept = ctx.saved_tensors
         windows, n, _, heads, d = qkv.shape
         by_qkv = torch.empty_like(qkv)
         by_bias = torch.zeros_like(bias, dtype=torch.float32)
-        for chunk in _chunks(windows, heads * n * n):
+        for chunk, p in zip(_chunks(windows, heads * n * n), kept, strict=True):
             q, k, v = qkv[chunk].permute(2, 0, 3, 1, 4)  # (w, heads, n, d)
             wanted = gradient[chunk].view(-1, n, heads, d).transpose(1, 2)
-            p = _probabilities(q, k, bias, masks, kinds[chunk])  # (w, heads, n, n)
             by_v = p.transpose(2, 3) @ wanted
             by_score = torch.ops.aten._softmax_backward_data(wanted @ v.transpose(2, 3), p, -1, p.dtype)
             by_bias += by_score.sum(0, dtype=torch.float32)
