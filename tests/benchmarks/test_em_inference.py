@@ -21,7 +21,7 @@ from common.tiling import Box, blended_planes
 from em_segmentation.model_defs.unets import BasicUNet3d, basic_unet_key
 
 SHAPE = (160, 224, 224)
-WINDOW = (96, 160, 160)  # voxels of ours; four of MONAI's fit into it
+WINDOW = (96, 128, 128)  # voxels of ours
 OVERLAP = 0.25
 ROI, ROI_OVERLAP = (96, 96, 96), 0.5
 TRAINING_STEPS = 20
