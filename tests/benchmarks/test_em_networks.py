@@ -105,5 +105,5 @@ def test_training_is_faster_than_the_reference(name: str) -> None:
     reference, float32, default = best_seconds(CASES[name], nets)
     print(f"\n{name:16} {CASES[name][3]}^3  reference {reference:6.2f} s  float32 {float32:6.2f} s "
           f"({float32 / reference:.2f})  bfloat16 {default:6.2f} s ({default / reference:.2f})")  # fmt: skip
-    assert float32 / reference <= 1.05  # equal, but for noise, where dense convolutions are all there is
+    assert float32 / reference <= 1.05  # wanted: 1.0; unet is 1 to 4 % over it, all others below
     assert default / reference <= 0.6
