@@ -45,6 +45,7 @@ class Decoding:
     quantile: int = 50  # per cent
     min_size: int = 0  # voxels; smaller objects are removed or joined
     small: Literal["remove", "join"] = "join"
+    fill_holes: bool = False  # background that a single object encloses becomes part of it
     by_section: bool = False  # every section is a picture of its own, objects are 2D
     block_size: Triple = (128, 512, 512)  # voxels decoded at once; larger volumes go block by block
     executor: Literal["serial", "processes", "dask"] = "serial"  # where blocks are worked on

@@ -211,6 +211,7 @@ def decoding_settings(decoding: Decoding, targets: Targets, threshold: int) -> S
         bins=256,
         threshold=threshold,
         min_size=decoding.min_size,
+        fill_holes=decoding.fill_holes,
         small=decoding.small if decoding.method != "components" else "remove",
     )
 

@@ -1,8 +1,10 @@
 """Blocks of a volume, what is read around them, and the files that they leave in a scratch folder."""
 
 import dataclasses
+import functools
 import itertools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -137,14 +139,25 @@ class Job:
         """Channels [c, z, y, x] of a box."""
         return np.ascontiguousarray(self.reader.read_channels(box.start, box.size))
 
-    def nodes(self, box: Box) -> Ids:
-        """Labels [z, y, x] of a box, from the first pass and numbered through all blocks by the table `of_node`."""
-        offsets, of_node = self.load("offsets"), self.mapped("of_node")
+    def gathered(self, box: Box, name: str, table_of: Callable[[int], Table]) -> Ids:
+        """table_of(N)[NAME_N] of the blocks N in a box [z, y, x]."""
         found = np.empty(box.size, np.int32)
         for number in self.grid.meeting(box):
             block = self.grid.box(number)
             shared = box.common(block)
-            table = np.asarray(of_node[offsets[number] : offsets[number + 1]])
-            local = np.asarray(self.mapped(f"labels_{number}")[shared.within(block)])
-            found[shared.within(box)] = np.take(table, local)
+            local = np.asarray(self.mapped(f"{name}_{number}")[shared.within(block)])
+            found[shared.within(box)] = np.take(table_of(number), local)
         return found
+
+    def nodes(self, box: Box) -> Ids:
+        """Labels [z, y, x] of a box, from the first pass and numbered through all blocks by the table `of_node`."""
+        return self.gathered(box, "labels", functools.partial(self.part, "of_node", "offsets"))
+
+    def objects(self, box: Box) -> Ids:
+        """The final ids [z, y, x] of a box, holes not filled."""
+        return self.gathered(box, "labels", functools.partial(self.part, "final", "offsets"))
+
+    def part(self, name: str, offsets: str, number: int) -> Table:
+        """What a table over the labels of all blocks says of block `number`."""
+        first = self.load(offsets)
+        return np.asarray(self.mapped(name)[first[number] : first[number + 1]])

@@ -1,6 +1,7 @@
-"""What is done with one block in each of the three passes; blocks of a pass know nothing of each other.
+"""What is done with one block in each of the passes; blocks of a pass know nothing of each other.
 
-First: the block's labels. Second: how the labels of the whole volume meet in it. Third: the final ids are written.
+First: the block's labels. Second: how the labels of the whole volume meet in it. Two more where holes are filled: the
+block's pieces of background, and what they touch. Last: the final ids are written.
 """
 
 import dataclasses
@@ -8,9 +9,10 @@ import dataclasses
 import numpy as np
 
 from em_segmentation.decoding.block_grid import Box, Job, LabelWriter
-from em_segmentation.decoding.cleaning import Compact, first_voxels, label_sizes
+from em_segmentation.decoding.cleaning import first_voxels, label_sizes
 from em_segmentation.decoding.components import components_of_faces, joined_faces, touched_voxels
 from em_segmentation.decoding.heights import HeightMap, Mask
+from em_segmentation.decoding.holes import background_contacts, background_pieces, with_owners
 from em_segmentation.decoding.links import STEPS, Link, Triple, Volume, link_affinities, sides
 from em_segmentation.decoding.pipeline import check_input, heights_of
 from em_segmentation.decoding.region_graph import Counts, Ids, RegionGraph, region_graph_of_block
@@ -224,15 +226,43 @@ def _save_graph(job: Job, name: str, graph: RegionGraph, ids: Counts) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """Where the third pass writes."""
+    """Where the last pass writes."""
 
     writer: LabelWriter
     dtype: np.dtype[np.unsignedinteger]
 
 
+def find_background(job: Job, number: int) -> None:
+    """Where holes are filled: the block's pieces of background (background_N)."""
+    if not job.has(f"background_{number}"):
+        job.save(f"background_{number}", background_pieces(job.objects(job.grid.box(number))))
+
+
+def meet_background(job: Job, number: int) -> None:
+    """Then: what pieces of background touch in the block (outside_N, joined_N, around_N)."""
+    if job.has(f"around_{number}"):
+        return
+    box, offsets = job.grid.box(number), job.load("background_offsets")
+    near = box.widened(NONE, ONE, job.grid.shape)
+    pieces = job.gathered(near, "background", lambda block: counted_from(offsets, block))
+    contacts = background_contacts(job.objects(near), pieces, box, near, job.grid.shape)
+    job.save(f"outside_{number}", contacts.outside)
+    job.save(f"joined_{number}", contacts.joined)
+    job.save(f"around_{number}", contacts.around)
+
+
+def counted_from(offsets: Counts, block: int) -> Counts:
+    """The numbers in the volume of a block's pieces 0..n, of which 0 stays 0; offsets (num_blocks + 1,)."""
+    numbers = np.arange(offsets[block], offsets[block + 1] + 1)
+    numbers[0] = 0
+    return numbers
+
+
 def write_block(job: Job, output: Output, number: int) -> None:
-    """Third pass: the block's final ids."""
-    offsets, final = job.load("offsets"), job.mapped("final")
-    table = np.asarray(final[offsets[number] : offsets[number + 1]]).astype(output.dtype)
-    labels: Compact = np.take(table, job.load(f"labels_{number}"))
-    output.writer.write(job.grid.box(number).start, labels)
+    """Last pass: the block's final ids."""
+    box = job.grid.box(number)
+    labels = job.objects(box)
+    if job.settings.fill_holes:
+        numbers = counted_from(job.load("background_offsets"), number)
+        labels = with_owners(labels, np.take(numbers, job.load(f"background_{number}")), job.load("owners"))
+    output.writer.write(box.start, labels.astype(output.dtype))

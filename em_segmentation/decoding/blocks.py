@@ -15,9 +15,17 @@ import numpy as np
 from common.errors import config_error
 from em_segmentation.decoding.agglomeration import groups_of_pairs
 from em_segmentation.decoding.block_grid import ChannelReader, Grid, Job, LabelWriter
-from em_segmentation.decoding.block_passes import Output, compare_block, label_block, write_block
+from em_segmentation.decoding.block_passes import (
+    Output,
+    compare_block,
+    find_background,
+    label_block,
+    meet_background,
+    write_block,
+)
 from em_segmentation.decoding.cleaning import numbered_by_appearance, smallest_dtype, without_small
 from em_segmentation.decoding.executors import Executor
+from em_segmentation.decoding.holes import Contacts, owners
 from em_segmentation.decoding.links import Triple
 from em_segmentation.decoding.pipeline import check_input, objects_of_fragments
 from em_segmentation.decoding.region_graph import Counts, Ids, RegionGraph, added_graphs, empty_graph
@@ -32,8 +40,8 @@ def segment_blocks(
 ) -> int:
     """Write the instances of a volume, equal to pipeline.segment of it, and return how many there are.
 
-    block: edges in voxels; scratch: a folder of this volume's alone, which takes about 4 bytes per voxel and may be
-    deleted afterwards. Raises a config error where the folder holds tables of other settings.
+    block: edges in voxels; scratch: a folder of this volume's alone, which takes about 4 bytes per voxel (8 where
+    holes are filled) and may be deleted afterwards. Raises a config error where the folder holds tables of other settings.
     """
     decoded = decode_blocks(reader, settings, block, scratch, executor)
     write_decoded(decoded, writer, executor)
@@ -69,6 +77,11 @@ def decode_blocks(
     executor.map_blocks("compare blocks", functools.partial(compare_block, job), blocks)
     if not job.has("num_objects"):
         _decide(job)
+    if settings.fill_holes:
+        executor.map_blocks("find background", functools.partial(find_background, job), blocks)
+        job.save("background_offsets", np.cumsum([0, *(int(job.load(f"background_{b}").max()) for b in blocks)]))
+        executor.map_blocks("find holes", functools.partial(meet_background, job), blocks)
+        job.save("owners", _owners(job))
     return Decoded(job, int(job.load("num_objects")[0]))
 
 
@@ -158,6 +171,14 @@ def _decide(job: Job) -> None:
     final, num_objects = numbered_by_appearance(objects, firsts)
     job.save("final", final[job.load("of_node")])
     job.save("num_objects", np.array([num_objects]))
+
+
+def _owners(job: Job) -> Ids:
+    """The object that each piece of background is a hole of, or 0 (num_pieces + 1,)."""
+    blocks = range(len(job.grid))
+    outside = np.concatenate([job.load(f"outside_{b}") for b in blocks])
+    contacts = Contacts(outside, _concatenated(job, "joined", 2), _concatenated(job, "around", 2))
+    return owners(contacts, int(job.load("background_offsets")[-1]))
 
 
 def _objects_of_basins(job: Job, merged: Counts, sizes: Counts) -> Ids:

@@ -1,11 +1,9 @@
-"""What is left to do with labels: small objects, holes, and ids that start at 1."""
+"""What is left to do with labels: small objects, and ids that start at 1."""
 
 import numpy as np
 import numpy.typing as npt
-import scipy.ndimage
 
 from em_segmentation.decoding.agglomeration import groups_of_pairs
-from em_segmentation.decoding.links import STEPS, shape_of, sides
 from em_segmentation.decoding.region_graph import Counts, Ids, RegionGraph, relabelled_graph
 
 Compact = npt.NDArray[np.unsignedinteger]
@@ -90,33 +88,3 @@ def numbered_by_appearance(objects: Ids, firsts: Counts) -> tuple[Compact, int]:
 def smallest_dtype(largest: int) -> np.dtype[np.unsignedinteger]:
     """The narrowest of uint8, uint16, uint32, uint64 that holds the id `largest`."""
     return next(np.dtype(kind) for kind in (np.uint8, np.uint16, np.uint32, np.uint64) if largest <= np.iinfo(kind).max)
-
-
-def filled_holes(labels: Ids) -> Ids:
-    """Labels [z, y, x] with background that one single object encloses given to that object; other objects stay.
-
-    A hole is a face-connected piece of background that touches no face of the volume.
-    """
-    pieces, count = scipy.ndimage.label(labels == 0)
-    owner = np.zeros(count + 1, np.int64)  # 0: not seen, -1: no hole, else the only object around it
-    for axis in range(3):
-        for end in (0, -1):
-            owner[np.take(pieces, end, axis)] = -1
-    for axis in range(3):
-        lower, upper = sides((0, 0, 0), shape_of(labels), shape_of(labels), STEPS[axis])
-        for inner, outer in ((lower, upper), (upper, lower)):
-            met = (pieces[inner] > 0) & (labels[outer] > 0)
-            owner = _with_owner(owner, pieces[inner][met], labels[outer][met])
-    owner[0] = 0
-    filled: Ids = np.where(owner[pieces] > 0, owner[pieces], labels).astype(labels.dtype)
-    return filled
-
-
-def _with_owner(owner: Counts, hole: AnyIds, around: AnyIds) -> Counts:
-    """Owners after these contacts: -1 where two objects differ."""
-    least, greatest = np.full(len(owner), np.iinfo(np.int64).max), np.zeros(len(owner), np.int64)
-    np.minimum.at(least, hole, around)
-    np.maximum.at(greatest, hole, around)
-    seen = greatest > 0
-    agreed = seen & (least == greatest) & ((owner == 0) | (owner == greatest))
-    return np.where(seen, np.where(agreed, greatest, -1), owner)

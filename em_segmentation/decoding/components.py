@@ -1,27 +1,13 @@
-"""Connected components: of a mask, and of voxels joined by strong affinities."""
+"""Connected components of voxels joined by strong affinities."""
 
 import numpy as np
 import numpy.typing as npt
-import scipy.ndimage
 import scipy.sparse
 import scipy.sparse.csgraph
 
 from em_segmentation.decoding.heights import Mask
 from em_segmentation.decoding.links import STEPS, Link, Volume, link_affinities, shape_of, sides
 from em_segmentation.decoding.region_graph import Ids
-
-
-def mask_components(mask: Mask, by_section: bool) -> Ids:
-    """Face-connected components [z, y, x] 1..n of a mask, in the order of their first voxels; 0 outside.
-
-    by_section: each section by itself, numbered on from the one before.
-    """
-    structure = scipy.ndimage.generate_binary_structure(3, 1)
-    if by_section:
-        structure[[0, 2]] = False
-    labels, _ = scipy.ndimage.label(mask, structure)
-    numbered: Ids = labels.astype(np.int32, copy=False)
-    return numbered
 
 
 def affinity_components(volume: Volume, links: tuple[Link, ...], threshold: int) -> Ids:

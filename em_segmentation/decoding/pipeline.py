@@ -27,6 +27,7 @@ from em_segmentation.decoding.heights import (
     foreground,
     smoothed,
 )
+from em_segmentation.decoding.holes import filled_holes
 from em_segmentation.decoding.links import Volume
 from em_segmentation.decoding.mutex import mutex_watershed
 from em_segmentation.decoding.region_graph import Ids, RegionGraph, empty_graph, region_graph, relabelled_graph
@@ -47,7 +48,7 @@ def segment_at(volume: Volume, settings: Settings, thresholds: tuple[int, ...]) 
     """The same for several thresholds, descending; after a watershed at hardly more than the cost of one."""
     check_input(volume.shape[0], volume.dtype, settings)
     if settings.method == "components":
-        return [_components(volume, settings, threshold) for threshold in thresholds]
+        return [_filled(_components(volume, settings, threshold), settings) for threshold in thresholds]
     fragments = fragments_of(volume, settings)
     sizes = label_sizes(fragments, int(fragments.max(initial=0)))
     attractive = region_graph(fragments, volume, settings.direct_links, settings.graph_bins)
@@ -56,7 +57,8 @@ def segment_at(volume: Volume, settings: Settings, thresholds: tuple[int, ...]) 
         repulsive = region_graph(fragments, volume, settings.repulsive_links, 0)
     mappings = objects_of_fragments(attractive, repulsive, sizes, settings, thresholds)
     firsts = first_voxels(fragments, len(sizes) - 1)
-    return [np.take(numbered_by_appearance(mapping, firsts)[0], fragments) for mapping in mappings]
+    labels = (np.take(numbered_by_appearance(mapping, firsts)[0], fragments) for mapping in mappings)
+    return [_filled(one, settings) for one in labels]
 
 
 def check_input(num_channels: int, dtype: np.dtype[np.generic], settings: Settings) -> None:
@@ -112,6 +114,10 @@ def cleaned_mapping(mapping: Ids, sizes: npt.NDArray[np.int64], graph: RegionGra
     if settings.small == "remove":
         return without_small(object_sizes, settings.min_size)[mapping]
     return small_joined(object_sizes, relabelled_graph(graph, mapping), settings.min_size)[mapping]
+
+
+def _filled(labels: Compact, settings: Settings) -> Compact:
+    return filled_holes(labels) if settings.fill_holes else labels
 
 
 def _components(volume: Volume, settings: Settings, threshold: int) -> Compact:

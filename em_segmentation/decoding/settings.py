@@ -40,6 +40,7 @@ class Settings:
     bins: int = 256  # of the histograms that quantiles are read from; a divisor of 256
     threshold: int = 128  # fragments are merged while their affinity reaches it; components: voxels
     min_size: int = 0  # voxels
+    fill_holes: bool = False  # background that a single object encloses becomes part of it
     small: str = "remove"  # what happens to objects below min_size: remove | join (the neighbour of highest affinity)
 
     def __post_init__(self) -> None:

@@ -91,6 +91,8 @@ CASES = {
     "distance of sections": dataclasses.replace(BASE, height="distance", distance_reach=4, neighbours="sections"),
     "mutex": dataclasses.replace(BASE, method="mutex", stored_at="destination"),
     "mutex of foreground": dataclasses.replace(BASE, method="mutex", foreground=120, min_size=4),
+    "holes": dataclasses.replace(BASE, foreground=100, wall=0, fill_holes=True),
+    "holes of components": dataclasses.replace(BASE, method="components", threshold=190, min_size=6, fill_holes=True),
     "boundary": Settings(input="boundary", min_depth=6, threshold=150),
     "boundary, foreground": Settings(input="boundary", foreground=100, linkage="quantile", smoothing=(0, 0, 0)),
 }
@@ -107,6 +109,18 @@ def test_blocks_give_the_labels_of_the_whole_volume(case: str, tmp_path: Path) -
         assert np.array_equal(in_blocks(volume, settings, block, tmp_path / str(number)), whole)
         num_objects.append(int(whole.max()))
     assert max(num_objects) > 3, num_objects
+
+
+def test_holes_across_blocks_are_filled_where_one_object_encloses_them(tmp_path: Path) -> None:
+    volume = np.full((3, 12, 14, 14), 255, np.uint8)
+    volume[:, 3:9, 3:9, 3:9] = 0  # a hole in many blocks
+    volume[:, 5, 5, 5] = 255  # in it four voxels, too few for an object
+    volume[:, 3:6, 11:, 11:] = 0  # a notch that reaches the volume's face
+    settings = Settings(method="components", min_size=5, fill_holes=True)
+    labels = in_blocks(volume, settings, (4, 5, 6), tmp_path / "filled")
+    assert np.array_equal(labels, segment(volume, settings))
+    assert (labels[3:9, 3:9, 3:9] == 1).all() and (labels[4, 12:, 12:] == 0).all()
+    assert not in_blocks(volume, dataclasses.replace(settings, fill_holes=False), (4, 5, 6), tmp_path / "left")[5, 5, 5]
 
 
 @pytest.mark.parametrize("value", [0, 255])

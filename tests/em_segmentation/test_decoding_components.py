@@ -1,19 +1,18 @@
-"""Components of masks and affinities, and what cleaning does to labels."""
+"""Components of affinities, and what cleaning does to labels."""
 
 import numpy as np
 import pytest
-import scipy.ndimage
 
 from common.streams import random_for
 from em_segmentation.decoding.cleaning import (
-    filled_holes,
     in_order_of_appearance,
     label_sizes,
     small_joined,
     smallest_dtype,
     without_small,
 )
-from em_segmentation.decoding.components import affinity_components, mask_components
+from em_segmentation.decoding.components import affinity_components
+from em_segmentation.decoding.holes import filled_holes
 from em_segmentation.decoding.links import affinity_links
 from em_segmentation.decoding.region_graph import RegionGraph
 from tests.em_segmentation.test_decoding_watershed import same_partition
@@ -42,15 +41,6 @@ def test_affinity_components_equal_spreading_a_label_until_nothing_changes(store
         touched[a] = touched[b] = True
     assert same_partition(labels, np.where(touched, spread, 0))
     assert np.array_equal(labels, in_order_of_appearance(labels))
-
-
-def test_mask_components_in_the_volume_and_by_section() -> None:
-    mask = random_for("mask", 0).random((6, 12, 12)) < 0.4
-    assert same_partition(mask_components(mask, False), scipy.ndimage.label(mask)[0])
-    by_section = mask_components(mask, True)
-    for z in range(6):
-        assert same_partition(by_section[z], scipy.ndimage.label(mask[z])[0])
-    assert by_section.max() == sum(scipy.ndimage.label(section)[1] for section in mask)
 
 
 def test_everything_and_nothing_joined() -> None:
@@ -93,3 +83,6 @@ def test_holes_are_filled_where_one_object_encloses_them() -> None:
     assert (filled[:, :, 5] == 0).all() and (filled != labels).sum() == 1
     labels[2, 2, 9] = 2
     assert filled_holes(labels)[2, 2, 8] == 2
+    assert filled_holes(labels[2:3])[0, 2, 8] == 2  # a section by itself has no faces along z
+    labels[3:, 2, 8] = 0
+    assert filled_holes(labels)[2, 2, 8] == 0  # open towards a face of the volume
