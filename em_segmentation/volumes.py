@@ -21,6 +21,7 @@ Triple = tuple[int, int, int]
 VoxelSize = tuple[float, float, float]
 SAMPLED_SECTIONS = 32  # spread evenly over z, whose middle is looked at for the grey scale
 SAMPLED_EDGE = 512  # voxels, of that middle
+READ_WHOLE = 2**27  # voxels; larger volumes are told apart by the sampled boxes
 LARGEST_ID = 2**63 - 1  # of the integers that torch computes with
 
 
@@ -209,15 +210,22 @@ def open_annotated(data: Data, role: Role, image_name: str, label_name: str | No
 
 
 def digest(volumes: list[Annotated]) -> str:
-    """Changes with what training reads: shapes, sections, grey scales, and the labels and masks in the sampled boxes."""
+    """Changes with what training reads: shapes, sections, grey scales, and voxels, labels and masks.
+
+    Of volumes above READ_WHOLE voxels labels and masks count in the sampled boxes, and images by their grey scales.
+    """
     found = hashlib.sha256()
     for one in volumes:
         found.update(
             json.dumps([one.shape, one.sections, one.voxel_size_nm, one.scale.mean, one.scale.deviation]).encode()
         )
-        for volume in (one.label, one.mask):
-            corners, size = sampled_boxes(one.image.shape, one.sections)
+        _, y, x = one.image.shape
+        is_small = one.shape[0] * y * x <= READ_WHOLE
+        sections = [(z, 0, 0) for z in range(*one.sections)]
+        corners, size = (sections, (1, y, x)) if is_small else sampled_boxes(one.image.shape, one.sections)
+        for volume in (one.label, one.mask, one.image if is_small else None):
             for corner in corners if volume is not None else []:
                 assert volume is not None
-                found.update(np.ascontiguousarray(as_ids(volume.read_channels(corner, size))).tobytes())
+                voxels = volume.read_channels(corner, size)
+                found.update(np.ascontiguousarray(voxels if volume is one.image else as_ids(voxels)).tobytes())
     return found.hexdigest()

@@ -9,6 +9,7 @@ from PIL import Image
 
 from common.errors import BAD_DATA, WRONG_CALL, UserError
 from common.volumes.opening import open_volume
+from em_segmentation import volumes
 from em_segmentation.config import BASE, Data
 from em_segmentation.volumes import Annotated, as_ids, digest, in_memory, measure_scale, normalised, open_role
 
@@ -246,7 +247,7 @@ def test_a_volume_in_memory_is_the_same_volume(tmp_path: Path) -> None:
     assert (kept.read_annotated((0, 0, 0), (3, 7, 9))[0] == (IDS[1:4] > 1)).all()
 
 
-def test_the_digest_changes_with_whatever_training_reads(tmp_path: Path) -> None:
+def test_the_digest_changes_with_whatever_training_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mask = written(tmp_path / "mask.npy", (IDS > 1).astype(np.uint8))
     data = pair(tmp_path, train_mask=(mask,))
 
@@ -260,4 +261,14 @@ def test_the_digest_changes_with_whatever_training_reads(tmp_path: Path) -> None
         spoiled[2, 3, 4] += 1
         written(tmp_path / f"{name}.npy", spoiled)
         found.add(now(data))
-    assert len(found) == 7
+    written(tmp_path / "image.npy", GREY[:, ::-1])  # of the same mean and deviation
+    found.add(now(data))
+    assert len(found) == 8
+    narrow = tuple(written(tmp_path / f"{n}.npy", labels) for n, labels in enumerate((IDS, np.roll(IDS, 1, 2))))
+    monkeypatch.setattr(volumes, "SAMPLED_SECTIONS", 1)
+    assert len({now(dataclasses.replace(data, train_label=(name,))) for name in narrow}) == 2
+    monkeypatch.setattr(volumes, "READ_WHOLE", 10)
+    beside = IDS.copy()
+    beside[3, 0, 0] += 1
+    written(tmp_path / "1.npy", beside)
+    assert len({now(dataclasses.replace(data, train_label=(name,))) for name in narrow}) == 1, "only samples"
