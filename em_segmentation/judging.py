@@ -154,7 +154,7 @@ def semantic_truth(volume: Annotated, config: Config) -> npt.NDArray[np.uint8]:
 def judge_semantic(
     verdict: Verdict, roles: Roles, predictions: Predictions, config: Config, settings: Evaluation
 ) -> Verdict:
-    """Adds Jaccard index and Dice of each class, the Jaccard index with its interval."""
+    """Adds Jaccard index and Dice of each class, the Jaccard index with its interval and beside Otsu's threshold."""
     channels, targets = written_channels(config.targets)["semantic"], config.targets
     figures, curves, threshold = dict(verdict.figures), list(verdict.curves), MIDDLE
     if targets.semantic_classes == 1 and roles["val"]:
@@ -176,8 +176,7 @@ def judge_semantic(
         classes = found if classes is None else classes
     for name in targets.semantic_names:
         figures |= class_figures(name, np.concatenate(counts[name]), judged, settings)
-    if targets.semantic_classes == 1:
-        figures |= otsu_figures(roles, config)
+    figures |= otsu_figures(roles, config)
     return dataclasses.replace(verdict, figures=figures, curves=curves, classes=classes)
 
 
@@ -205,20 +204,29 @@ def mask_curve(volumes: list[Annotated], predictions: list[Volume], config: Conf
 
 
 def otsu_figures(roles: Roles, config: Config) -> Figures:
-    """Otsu's threshold of each raw image; dark or bright is chosen on validation (dark where there is none)."""
-    name = config.targets.semantic_names[0]
+    """Otsu's threshold of each raw image as a mask of each class; dark or bright is chosen for it on validation.
 
-    def jaccard(volumes: list[Annotated], dark: bool) -> float:
-        counts = []
-        for volume in volumes:
-            image = image_of(volume)
-            below = image < otsu_threshold(image)
-            counts.append(mask_counts(semantic_truth(volume, config) == 1, below == dark, annotated_of(volume)))
-        return jaccard_of(np.concatenate(counts))
+    Dark where there is no validation volume.
+    """
+    figures: Figures = {}
+    for number, name in enumerate(config.targets.semantic_names, 1):
+        judged = (
+            {dark: otsu_jaccard(roles["val"], config, number, dark) for dark in (True, False)} if roles["val"] else {}
+        )
+        dark = not judged or judged[True] >= judged[False]
+        figures[f"baseline_{name}_jaccard"] = otsu_jaccard(roles["test"], config, number, dark)
+        figures[f"baseline_{name}"] = f"Otsu threshold of the raw image, {'dark' if dark else 'bright'} side"
+    return figures
 
-    dark = not roles["val"] or jaccard(roles["val"], True) >= jaccard(roles["val"], False)
-    words = f"Otsu threshold of the raw image, {'dark' if dark else 'bright'} side"
-    return {f"baseline_{name}_jaccard": jaccard(roles["test"], dark), "baseline_semantic": words}
+
+def otsu_jaccard(volumes: list[Annotated], config: Config, number: int, dark: bool) -> float:
+    """Jaccard index of class `number` and the dark or bright side of each image's Otsu threshold."""
+    counts = []
+    for volume in volumes:
+        image = image_of(volume)
+        below = image < otsu_threshold(image)
+        counts.append(mask_counts(semantic_truth(volume, config) == number, below == dark, annotated_of(volume)))
+    return jaccard_of(np.concatenate(counts))
 
 
 def truth_channel(config: Config) -> int:

@@ -24,8 +24,7 @@ def summary(verdict: Verdict, config: Config) -> str:
                 f"n = {figures[f'{name}_pieces']} pieces of {figures['test_volumes']} volumes), "
                 f"Dice {figures[f'{name}_dice']:.3f}"
             )
-            if f"baseline_{name}_jaccard" in figures:
-                lines.append(f"  baseline {figures[f'baseline_{name}_jaccard']:.3f}: {figures['baseline_semantic']}")
+            lines.append(f"  baseline {figures[f'baseline_{name}_jaccard']:.3f}: {figures[f'baseline_{name}']}")
             lines.append(f"  chance {figures[f'chance_{name}_jaccard']:.3f}: everything is {name}")
     if config.decoding.target != "none":
         chosen = "chosen on validation" if figures["validation_volumes"] else "of the config"
@@ -49,6 +48,8 @@ def write_pages(verdict: Verdict, volumes: list[Annotated], config: Config, sett
     """Pictures of a run's test volumes, and its report.html."""
     pictures = folder / "figures"
     sections = [figures_section(verdict.figures, config)]
+    if "semantic" in config.targets.names:
+        sections.append(classes_section(verdict.figures, config))
     shown = shown_of(verdict, volumes[0], config, settings)
     if shown.found_classes is not None or shown.found_ids is not None:
         draw_overlay(shown, pictures / "overlay.png")
@@ -91,6 +92,18 @@ def figures_section(figures: Figures, config: Config) -> Section:
         "fully independent of each other."
     )
     return Section("Figures on the test volumes", text, rows, None, "")
+
+
+def classes_section(figures: Figures, config: Config) -> Section:
+    """One row per class."""
+    rows = [["class", "Jaccard", f"{config.evaluation.confidence:.0%} interval", "Dice", "baseline Jaccard", "chance"]]
+    for name in config.targets.semantic_names:
+        low, high = (figures[f"{name}_jaccard_{end}"] for end in ("low", "high"))
+        others = (figures[column] for column in (f"{name}_dice", f"baseline_{name}_jaccard", f"chance_{name}_jaccard"))
+        numbers = [f"{figures[f'{name}_jaccard']:.3f}", f"{low:.3f} to {high:.3f}", *(f"{one:.3f}" for one in others)]
+        rows.append([name, *numbers])
+    text = "Baseline: Otsu's threshold of the raw image, on the side that is better on validation. Chance: all of it."
+    return Section("Classes", text, rows, None, "")
 
 
 def shown_of(verdict: Verdict, volume: Annotated, config: Config, settings: Evaluation) -> Shown:

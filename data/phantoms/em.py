@@ -42,7 +42,7 @@ from data.phantoms.em_synapses import add_loose_vesicles, add_membranes, add_syn
 
 __all__ = ["EMPhantom", "simulate_volume", "write_phantom"]
 
-GENERATOR_VERSION = 1  # raised whenever equal settings give other bits, so that stale folders are noticed
+GENERATOR_VERSION = 2  # raised whenever equal settings give other bits, so that stale folders are noticed
 
 Record = dict[str, Any]
 
@@ -53,7 +53,7 @@ def simulate_volume(
     """Simulate one volume: image uint8 [z, y, x], labels uint32 [2, z, y, x], record; equal arguments give equal bits.
 
     labels[0] holds neurites 1..n, each connected across faces, 0 in the gaps between them; labels[1] holds classes: 1
-    mitochondrion, 2 synaptic density. The record says what was done to which section.
+    mitochondrion, 2 synaptic density, 3 lysosome. The record says what was done to which section.
     """
 
     def stream(purpose: str) -> np.random.Generator:
@@ -75,6 +75,7 @@ def simulate_volume(
         **counts,
         "mitochondria_voxels": int((labels[1] == 1).sum()),
         "synapse_voxels": int((labels[1] == 2).sum()),
+        "lysosome_voxels": int((labels[1] == 3).sum()),
         "sections": sections,
     }
     return image, labels, record

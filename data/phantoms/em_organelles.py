@@ -15,7 +15,7 @@ from data.phantoms.em_settings import EMPhantom
 
 Ints = npt.NDArray[np.int64]
 
-MITOCHONDRION, SYNAPSE = 1, 2  # semantic classes
+MITOCHONDRION, SYNAPSE, LYSOSOME = 1, 2, 3  # semantic classes
 CLEARANCE = 24.0  # nm between an organelle and the neurite's membrane
 SMALLEST_NM3 = 2.5e6  # an organelle cut smaller by its neurite is left out
 TRIES = 600  # places tried for mitochondria
@@ -181,7 +181,7 @@ def add_lysosomes(drawing: Drawing, rng: np.random.Generator) -> int:
         if rng.random() < 1 / 3:
             bubbles = vesicles_inside(organelle.point, rng)
             grey = np.where((organelle.height > 10) & ~bubbles, 148.0 + 6 * grain, grey)
-        paint(drawing, organelle, np.asarray(grey, np.float64), 0)
+        paint(drawing, organelle, np.asarray(grey, np.float64), LYSOSOME)
         count += 1
     return count
 

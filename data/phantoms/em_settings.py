@@ -43,8 +43,8 @@ class EMPhantom:
     # Membranes
     membrane_nm: Range = (8.0, 12.0)  # thickness of either neurite's membrane, drawn on each side of their face
     gap_nm: float = 12.0  # between two neurites: voxels of label 0
-    weak_share: float = 0.06  # of the membranes' area where contrast fades
-    weak_contrast: float = 0.4  # what is left of it there
+    weak_share: float = 0.12  # of the membranes' area where contrast fades
+    weak_contrast: float = 0.25  # what is left of it there
 
     # Inside neurites
     mitochondria_share: float = 0.07  # of the volume
@@ -69,7 +69,7 @@ class EMPhantom:
     cytoplasm_grey: Range = (146.0, 188.0)  # drawn per neurite
     dark_cytoplasm_grey: Range = (100.0, 124.0)
     membrane_grey: float = 62.0
-    matrix_grey: Range = (86.0, 118.0)  # drawn per mitochondrion
+    matrix_grey: Range = (92.0, 122.0)  # drawn per mitochondrion
     lysosome_grey: Range = (58.0, 104.0)
     density_grey: float = 48.0
     texture_grey: float = 13.0  # standard deviation of the cytoplasm's grain
@@ -85,7 +85,7 @@ class EMPhantom:
     curtain_grey: float = 3.0  # standard deviation of stripes along y that go on through sections
 
     # Spoilt sections: shares of all sections; one section has at most one fault
-    missing_share: float = 0.008  # black, or a copy of the section before
+    missing_share: float = 0.012  # black, or a copy of the section before
     shifted_share: float = 0.04
     largest_shift_voxels: int = 3
     folded_share: float = 0.01

@@ -75,11 +75,13 @@ def test_neurites_fill_space_up_to_thin_gaps(medium: Simulated) -> None:
     assert (scipy.ndimage.distance_transform_edt(gap, MEDIUM.voxel_size_nm) > 60).mean() < 1e-3
 
 
-def test_a_mitochondrion_lies_inside_one_neurite(medium: Simulated) -> None:
+@pytest.mark.parametrize("kind, name", [(1, "mitochondria"), (3, "lysosome")])
+def test_an_organelle_lies_inside_one_neurite(kind: int, name: str, medium: Simulated) -> None:
     _, labels, record = medium
-    bodies, count = scipy.ndimage.label(labels[1] == 1)
-    assert count > 2 and record["mitochondria_voxels"] == (labels[1] == 1).sum()
-    assert 0.5 * MEDIUM.mitochondria_share < (labels[1] == 1).mean() < 1.5 * MEDIUM.mitochondria_share
+    bodies, count = scipy.ndimage.label(labels[1] == kind)
+    assert count > 2 and record[f"{name}_voxels"] == (labels[1] == kind).sum()
+    low, high = (0.5 * MEDIUM.mitochondria_share, 1.5 * MEDIUM.mitochondria_share) if kind == 1 else (0.002, 0.04)
+    assert low < (labels[1] == kind).mean() < high
     for number in range(1, count + 1):
         owners = np.unique(labels[0][bodies == number])
         assert len(owners) == 1 and owners[0] > 0
@@ -88,7 +90,7 @@ def test_a_mitochondrion_lies_inside_one_neurite(medium: Simulated) -> None:
 def test_synaptic_densities_lie_at_faces(medium: Simulated) -> None:
     _, labels, _ = medium
     synapse = labels[1] == 2
-    assert 0.0003 < synapse.mean() < 0.02 and set(np.unique(labels[1])) == {0, 1, 2}
+    assert 0.0003 < synapse.mean() < 0.02 and set(np.unique(labels[1])) == {0, 1, 2, 3}
     low = scipy.ndimage.minimum_filter(np.where(labels[0], labels[0], 2**31), 7)
     high = scipy.ndimage.maximum_filter(labels[0], 7)
     assert (low != high)[synapse].mean() > 0.98
@@ -102,6 +104,7 @@ def test_membranes_and_mitochondria_are_dark(medium: Simulated) -> None:
     assert np.median(image[membrane]) < cytoplasm - 40
     assert np.median(image[labels[1] == 1]) < cytoplasm - 35
     assert np.median(image[labels[1] == 2]) < cytoplasm - 45
+    assert np.quantile(image[labels[1] == 3], 0.2) < cytoplasm - 35  # a third of them have a bright lumen
 
 
 # The geometry
