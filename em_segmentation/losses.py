@@ -5,6 +5,8 @@ What is not valid is replaced before anything is computed, so it has no influenc
 a sample without valid voxels has loss 0. Logits may have any float type and are computed in float32 (float64 stays).
 """
 
+import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -64,11 +66,12 @@ def target_loss(
     weights = dict(zip(model.loss_functions, model.loss_weights, strict=True))
     with torch.autocast(logits.device.type, enabled=False):
         x = logits if logits.dtype == torch.float64 else logits.float()
+        known = known_part(name, x, target, name == "semantic" and settings.semantic_classes > 1)
         total = x.new_zeros(len(x))
         for function in functions:
             assert function in fitting_losses(name, settings), f"{function} does not fit {name}"
             weight = weights[function] if function in weights else 1.0
-            total = total + weight * _loss(function, name, x, target, model)
+            total = total + weight * _loss(function, known, model)
     return total
 
 
@@ -104,114 +107,151 @@ def at_scale(target: Target, shape: tuple[int, int, int]) -> Target:
     return Target(values, valid)
 
 
-def _loss(function: "LossName", name: "TargetName", x: Tensor, target: Target, model: "Model") -> Tensor:
-    """One loss function of logits x; (B,)."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Known:
+    """Logits and truth (B, C, z, y, x) of what is valid; hidden cells hold logits and truth that cost nothing.
+
+    What several functions ask for is computed once.
+    """
+
+    logits: Tensor
+    truth: Tensor  # of classes (B, 1, z, y, x), the class's number
+    valid: Tensor | None  # (B, C or 1, z, y, x) bool; None: every cell
+    counts: Tensor  # (B, C): valid cells
+    are_classes: bool
+
+    def shown(self, cells: Tensor) -> Tensor:
+        """The cells, 0 where invalid."""
+        return cells if self.valid is None else torch.where(self.valid, cells, 0)
+
+    def mean(self, cells: Tensor) -> Tensor:
+        """Mean over the valid cells (B, C, z, y, x) of each sample, the others being 0; 0 where none is valid; (B,)."""
+        count = self.counts.sum(1) * cells.shape[1] / self.counts.shape[1]
+        return cells.flatten(1).sum(1) / count.clamp(min=1)
+
+    @functools.cached_property
+    def log_softmax(self) -> Tensor:
+        """Of classes, where valid or not."""
+        return self.logits.log_softmax(1)
+
+    @functools.cached_property
+    def log_truth(self) -> Tensor:
+        """log softmax at the true class, 0 where invalid; (B, 1, z, y, x)."""
+        return self.shown(self.log_softmax.gather(1, self.truth.long()))
+
+    @functools.cached_property
+    def probability(self) -> Tensor:
+        """Of each channel, 0 where invalid."""
+        return self.shown(self.log_softmax.exp()) if self.are_classes else self.logits.sigmoid()  # 0 for SURELY_NOT
+
+    @functools.cached_property
+    def channel_truth(self) -> Tensor:
+        """0 or 1 of each channel, 0 where invalid."""
+        if not self.are_classes:
+            return self.truth
+        numbers = torch.arange(self.logits.shape[1], device=self.logits.device).view(-1, 1, 1, 1)
+        return self.shown((self.truth == numbers).to(self.logits.dtype))
+
+    @functools.cached_property
+    def cross_entropy(self) -> Tensor:
+        """-(t log p + (1 - t) log(1 - p)) of each cell, p = sigmoid(logits); 0 where invalid."""
+        return functional.binary_cross_entropy_with_logits(self.logits, self.truth, reduction="none")
+
+
+def known_part(name: "TargetName", output: Tensor, target: Target, are_classes: bool) -> Known:
+    """Output and target of cells that are valid: the gradient forgets what stood in others, NaN included."""
     t, valid = target.values, target.valid
-    classes = x.shape[1] > 1 and name == "semantic"
+    assert output.shape[2:] == t.shape[2:] == valid.shape[2:], f"{output.shape}, {t.shape}, {valid.shape}"
+    assert {valid.shape[1], t.shape[1]} <= {1, output.shape[1]}, f"{output.shape}, {t.shape}, {valid.shape}"
+    counts = valid.flatten(2).sum(2)
+    is_whole = output.device.type == "cpu" and int(counts.sum()) == valid.numel()  # elsewhere asking would cost more
+    if not is_whole:
+        is_real = name in ("distance", "centre", "lsd")
+        output = torch.where(valid, output, 0.0 if is_real or are_classes else SURELY_NOT)
+        t = torch.where(valid, t, 0)
+    x = output.tanh() if name == "distance" else output
+    return Known(x, t.to(x.dtype), None if is_whole else valid, counts.expand(x.shape[:2]), are_classes)
+
+
+def _loss(function: "LossName", known: Known, model: "Model") -> Tensor:
+    """One loss function; (B,)."""
     match function:
         case "MSELoss":
-            return mean_squared_error(torch.where(valid, x, 0).tanh() if name == "distance" else x, t, valid)
+            return mean_squared_error(known)
         case "CrossEntropyLoss":
-            return cross_entropy(x, t, valid)
+            return cross_entropy(known)
         case "BCEWithLogitsLoss":
-            return binary_cross_entropy(x, t, valid, 1.0)
+            return binary_cross_entropy(known)
         case "WeightedBCELoss":
-            return binary_cross_entropy(x, t, valid, model.positive_weight)
+            return weighted_binary_cross_entropy(known, model.positive_weight)
         case "FocalLoss":
-            focal = focal_loss_of_classes if classes else focal_loss
-            return focal(x, t, valid, model.focal_gamma)
+            return (
+                focal_loss_of_classes(known, model.focal_gamma)
+                if known.are_classes
+                else focal_loss(known, model.focal_gamma)
+            )
         case "DiceLoss":
-            return dice_loss(*_probabilities(x, t, valid, classes), valid)
+            return dice_loss(known)
         case "TverskyLoss":
-            alpha, beta = model.tversky_alpha, model.tversky_beta
-            return tversky_loss(*_probabilities(x, t, valid, classes), valid, alpha, beta, SMOOTHING)
+            return tversky_loss(known, model.tversky_alpha, model.tversky_beta, SMOOTHING)
         case "DiceCELoss":
-            entropy = cross_entropy(x, t, valid) if classes else binary_cross_entropy(x, t, valid, 1.0)
-            return entropy + dice_loss(*_probabilities(x, t, valid, classes), valid)
+            entropy = cross_entropy(known) if known.are_classes else binary_cross_entropy(known)
+            return entropy + dice_loss(known)
 
 
-def binary_cross_entropy(logits: Tensor, t: Tensor, valid: Tensor, positive_weight: float) -> Tensor:
-    """Mean of -(w t log p + (1 - t) log(1 - p)), p = sigmoid(logits); (B,)."""
-    x, t = _masked(logits, t, valid, SURELY_NOT)
-    weight = None if positive_weight == 1 else x.new_tensor(positive_weight)
-    return _mean(functional.binary_cross_entropy_with_logits(x, t, reduction="none", pos_weight=weight), valid)
+def binary_cross_entropy(known: Known) -> Tensor:
+    """Mean of -(t log p + (1 - t) log(1 - p)), p = sigmoid(logits); (B,)."""
+    return known.mean(known.cross_entropy)
 
 
-def focal_loss(logits: Tensor, t: Tensor, valid: Tensor, gamma: float) -> Tensor:
+def weighted_binary_cross_entropy(known: Known, positive_weight: float) -> Tensor:
+    """Mean of -(w t log p + (1 - t) log(1 - p)); (B,)."""
+    weight = known.logits.new_tensor(positive_weight)
+    x, t = known.logits, known.truth
+    return known.mean(functional.binary_cross_entropy_with_logits(x, t, reduction="none", pos_weight=weight))
+
+
+def focal_loss(known: Known, gamma: float) -> Tensor:
     """Mean of (1 - p_t)^gamma (-log p_t), p_t the probability given to the truth; (B,).
 
     Source: Lin et al. 2017, "Focal Loss for Dense Object Detection", eq. 4. In logarithms, finite for every logit.
     """
-    x, t = _masked(logits, t, valid, SURELY_NOT)
-    entropy = functional.binary_cross_entropy_with_logits(x, t, reduction="none")
-    wrong = functional.logsigmoid(x * (1 - 2 * t))  # log(1 - p_t)
-    return _mean((gamma * wrong).exp() * entropy, valid)
+    wrong = functional.logsigmoid(known.logits * (1 - 2 * known.truth))  # log(1 - p_t)
+    return known.mean((gamma * wrong).exp() * known.cross_entropy)
 
 
-def focal_loss_of_classes(logits: Tensor, t: Tensor, valid: Tensor, gamma: float) -> Tensor:
+def focal_loss_of_classes(known: Known, gamma: float) -> Tensor:
     """The focal loss of a softmax, a mean over voxels and channels (as in MONAI, 1 / C of the mean over voxels); (B,)."""
-    right = _log_probability_of_truth(logits, t, valid)  # (B, 1, z, y, x)
-    wrong = (-torch.expm1(right)).clamp(min=1e-12)  # a power below 1 has no slope at 0
-    return _mean(-wrong.pow(gamma) * right, valid) / logits.shape[1]
+    wrong = (-torch.expm1(known.log_truth)).clamp(min=1e-12)  # a power below 1 has no slope at 0
+    return known.mean(-wrong.pow(gamma) * known.log_truth) / known.logits.shape[1]
 
 
-def cross_entropy(logits: Tensor, t: Tensor, valid: Tensor) -> Tensor:
-    """Mean of -log softmax(logits) at the true class t (B, 1, z, y, x); (B,)."""
-    return _mean(-_log_probability_of_truth(logits, t, valid), valid)
+def cross_entropy(known: Known) -> Tensor:
+    """Mean of -log softmax(logits) at the true class; (B,)."""
+    return -known.mean(known.log_truth)
 
 
-def mean_squared_error(output: Tensor, t: Tensor, valid: Tensor) -> Tensor:
+def mean_squared_error(known: Known) -> Tensor:
     """Mean of (output - t)^2 over valid voxels and all channels; (B,)."""
-    x, t = _masked(output, t, valid, 0.0)
-    return _mean((x - t).square(), valid)
+    return known.mean((known.logits - known.truth).square())
 
 
-def dice_loss(p: Tensor, t: Tensor, valid: Tensor) -> Tensor:
+def dice_loss(known: Known) -> Tensor:
     """Mean over channels of 1 - 2 sum(p t) / (sum p + sum t); (B,).
 
     Source: Milletari et al. 2016, "V-Net", section 3, with plain sums in the denominator.
     """
-    return tversky_loss(p, t, valid, 0.5, 0.5, SMOOTHING / 2)
+    return tversky_loss(known, 0.5, 0.5, SMOOTHING / 2)
 
 
-def tversky_loss(p: Tensor, t: Tensor, valid: Tensor, alpha: float, beta: float, smoothing: float) -> Tensor:
+def tversky_loss(known: Known, alpha: float, beta: float, smoothing: float) -> Tensor:
     """Mean over channels of 1 - TP / (TP + alpha FP + beta FN) with soft counts over a sample's valid voxels; (B,).
 
-    Source: Salehi et al. 2017, "Tversky loss function", eq. 3. p and t (B, C, z, y, x) are probability and truth, both 0 where
-    invalid; channels without valid voxels are left out.
+    Source: Salehi et al. 2017, "Tversky loss function", eq. 3. Channels without valid voxels are left out.
     """
+    p, t = known.probability, known.channel_truth
     true_positive = (p * t).flatten(2).sum(2)  # (B, C)
     false_positive, false_negative = p.flatten(2).sum(2) - true_positive, t.flatten(2).sum(2) - true_positive
     union = true_positive + alpha * false_positive + beta * false_negative
     loss = 1 - (true_positive + smoothing) / (union + smoothing)
-    judged = valid.flatten(2).any(2).expand_as(loss)
-    return loss.sum(1) / judged.sum(1).clamp(min=1)  # where nothing is valid 1 - smoothing / smoothing is 0
-
-
-def _probabilities(x: Tensor, t: Tensor, valid: Tensor, classes: bool) -> tuple[Tensor, Tensor]:
-    """Probabilities and truth of each channel, both (B, C, z, y, x), 0 where invalid; classes become a channel each."""
-    if not classes:
-        x, t = _masked(x, t, valid, SURELY_NOT)
-        return x.sigmoid(), t
-    x, t = _masked(x, t, valid, 0.0)
-    numbers = torch.arange(x.shape[1], device=x.device).view(-1, 1, 1, 1)
-    return torch.where(valid, x.softmax(1), 0), ((t == numbers) & valid).to(x.dtype)
-
-
-def _log_probability_of_truth(logits: Tensor, t: Tensor, valid: Tensor) -> Tensor:
-    """log softmax at the true class, 0 where invalid; (B, 1, z, y, x)."""
-    x, t = _masked(logits, t, valid, 0.0)
-    return torch.where(valid, x.log_softmax(1).gather(1, t.long()), 0)
-
-
-def _masked(x: Tensor, t: Tensor, valid: Tensor, filling: float) -> tuple[Tensor, Tensor]:
-    """Output with `filling` and truth with 0 where invalid: the gradient forgets what stood there too, NaN included."""
-    assert x.shape[2:] == t.shape[2:] == valid.shape[2:], f"{x.shape}, {t.shape}, {valid.shape}"
-    assert {valid.shape[1], t.shape[1]} <= {1, x.shape[1]}, f"{x.shape}, {t.shape}, {valid.shape}"
-    return torch.where(valid, x, filling), torch.where(valid, t, 0).to(x.dtype)
-
-
-def _mean(cells: Tensor, valid: Tensor) -> Tensor:
-    """Mean over the valid cells (B, C, z, y, x) of each sample, the others being 0; 0 where none is valid; (B,)."""
-    count = valid.flatten(1).sum(1) * (cells.shape[1] // valid.shape[1])
-    return cells.flatten(1).sum(1) / count.clamp(min=1)
+    return loss.sum(1) / (known.counts > 0).sum(1).clamp(min=1)  # where nothing is valid 1 - smoothing / smoothing is 0
