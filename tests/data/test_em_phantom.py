@@ -79,7 +79,7 @@ def test_neurites_fill_space_up_to_thin_gaps(medium: Simulated) -> None:
 def test_an_organelle_lies_inside_one_neurite(kind: int, name: str, medium: Simulated) -> None:
     _, labels, record = medium
     bodies, count = scipy.ndimage.label(labels[1] == kind)
-    assert count > 2 and record[f"{name}_voxels"] == (labels[1] == kind).sum()
+    assert count >= (3 if kind == 1 else 1) and record[f"{name}_voxels"] == (labels[1] == kind).sum()
     low, high = (0.5 * MEDIUM.mitochondria_share, 1.5 * MEDIUM.mitochondria_share) if kind == 1 else (0.002, 0.04)
     assert low < (labels[1] == kind).mean() < high
     for number in range(1, count + 1):
