@@ -9,7 +9,7 @@ import re
 import torch
 from torch import Tensor, nn
 
-from em_segmentation.model_defs.convolution import Conv3d, Doubling, InstanceNorm, Pointwise, channels_last
+from em_segmentation.model_defs.convolution import Conv3d, Doubling, InstanceNorm, Pointwise, PReLU, channels_last
 
 LEAK = 0.1  # of BasicUNet's leaky ReLU
 
@@ -97,8 +97,8 @@ class ResidualUnit(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, dropout: float, depth: int) -> None:
         super().__init__()
-        units = [ConvNormAct(in_channels, out_channels, stride, False, dropout, nn.PReLU())]
-        units += [ConvNormAct(out_channels, out_channels, 1, False, dropout, nn.PReLU()) for _ in range(depth - 1)]
+        units = [ConvNormAct(in_channels, out_channels, stride, False, dropout, PReLU())]
+        units += [ConvNormAct(out_channels, out_channels, 1, False, dropout, PReLU()) for _ in range(depth - 1)]
         self.units = nn.Sequential(*units)
         self.skip: nn.Module = nn.Identity()
         if stride != 1:
@@ -131,7 +131,7 @@ class UpResidual(nn.Module):
         self.up = nn.ConvTranspose3d(in_channels, out_channels, 3, stride=2, padding=1, output_padding=1)
         self.norm = InstanceNorm(out_channels, False)
         self.dropout = nn.Dropout(dropout)
-        self.act = nn.PReLU()
+        self.act = PReLU()
         self.unit = ResidualUnit(out_channels, out_channels, 1, dropout, 1)
         if is_last:  # logits are neither normalised nor bent
             bare = self.unit.units[0]

@@ -38,7 +38,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def medium() -> Simulated:
-    return simulate_volume(MEDIUM, "train", 0)
+    return simulate_volume(MEDIUM, "train", 3)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from em_segmentation.model_defs.convolution import (
     Doubling,
     InstanceNorm,
     Pointwise,
+    PReLU,
     channels_last,
 )
 
@@ -123,3 +124,21 @@ def test_instance_norm_of_a_single_cell_is_its_bias() -> None:
 
 def test_a_single_channel_comes_out_channels_last_too() -> None:
     assert Conv3d(1, 6, 3, padding=1)(torch.randn(2, 1, 3, 4, 5)).is_contiguous(memory_format=LAYOUT)
+
+
+@pytest.mark.parametrize("slope", [0.25, 0.0, -0.5, 1.5])
+def test_prelu_is_torchs(slope: float) -> None:
+    """The same keys too."""
+    ours, theirs = PReLU(), nn.PReLU(1)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    for module in (ours, theirs):
+        nn.init.constant_(module.weight, slope)
+    x = torch.randn(2, 5, 3, 4, 6, requires_grad=True)
+    x.data[0, 0] = 0.0
+    wanted = torch.randn(x.shape)
+    found, expected = (torch.autograd.grad(module(x), (x, module.weight), wanted) for module in (ours, theirs))
+    torch.testing.assert_close(ours(x), theirs(x))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ours(x.bfloat16()).dtype == torch.bfloat16
