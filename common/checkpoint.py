@@ -43,6 +43,30 @@ def load_checkpoint(path: Path, kind: str, entries: dict[str, type]) -> dict[str
     return state
 
 
+def check_same_run(saved: dict[str, Any], path: Path, identity: str, data: tuple[str, str], last_step: int) -> None:
+    """Raise a data error unless a run may go on from a checkpoint: of its identity, on its data, at one of its steps.
+
+    data: the entry that holds the data's digest, named as the task names its data ("patches"), and the digest of now.
+    """
+    entry, digest = data
+    if saved["identity"] != identity:
+        raise data_error(f"{path}: belongs to a run of another config; choose another run.name, or --fresh")
+    if saved[entry] != digest:
+        raise data_error(
+            f"{path}: the {entry} or their labels have changed since this run began; "
+            "--fresh starts it over with those of now, another run.name keeps both"
+        )
+    if not 0 <= saved["step"] <= last_step:
+        raise data_error(f"{path}: is at step {saved['step']} of {last_step}; damaged, start over with --fresh")
+
+
+def check_best(path: Path, has_best: bool) -> None:
+    """Raise a data error where the run of a checkpoint had best weights and best.pt is not beside it any more."""
+    best = path.with_name("best.pt")
+    if has_best and not best.exists():
+        raise data_error(f"{best}: is missing, the best weights so far; restore it, or start over with --fresh")
+
+
 def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
     """Load finite weights that match name by name and shape by shape; a data error names the first differences."""
     own = model.state_dict()

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch.amp import GradScaler
 from torch.optim import SGD, AdamW, Optimizer
 
-from common.checkpoint import load_checkpoint, load_optimizer, load_weights, save_checkpoint
+from common.checkpoint import check_best, check_same_run, load_checkpoint, load_optimizer, load_weights, save_checkpoint
 from common.config import as_yaml
-from common.errors import config_error, data_error
+from common.errors import config_error
 from common.files import parsing
 from common.logbook import write_metrics
 from em_segmentation.config import Config
@@ -92,17 +92,7 @@ def check_precision(model: SegmentationModel, config: Config, device: torch.devi
 def resume(state: State, path: Path, config: Config, volumes: Volumes) -> None:
     """Continue from a checkpoint of the very same run on the very same data."""
     saved = load_checkpoint(path, KIND, CHECKPOINT)
-    if saved["identity"] != training_identity(config):
-        raise data_error(f"{path}: belongs to a run of another config; choose another run.name, or --fresh")
-    if saved["volumes"] != volumes.digest:
-        raise data_error(
-            f"{path}: the volumes or their labels have changed since this run began; "
-            "--fresh starts it over with those of now, another run.name keeps both"
-        )
-    if not 0 <= saved["step"] <= total_steps(config):
-        raise data_error(
-            f"{path}: is at step {saved['step']} of {total_steps(config)}; damaged, start over with --fresh"
-        )
+    check_same_run(saved, path, training_identity(config), ("volumes", volumes.digest), total_steps(config))
     load_weights(state.model, saved["model"], path)
     load_weights(state.average, saved["weights"], path)
     with parsing(path, "start over with --fresh"):
@@ -111,9 +101,7 @@ def resume(state: State, path: Path, config: Config, volumes: Volumes) -> None:
         if not all(isinstance(value, int | float) for record in saved["records"] for value in record.values()):
             raise ValueError("records that are no numbers")
     state.step, state.records = saved["step"], saved["records"]
-    best = path.with_name("best.pt")
-    if ranked(state.records, config) and not best.exists():
-        raise data_error(f"{best}: is missing, the best weights so far; restore it, or start over with --fresh")
+    check_best(path, bool(ranked(state.records, config)))
 
 
 def moments_of(state: State, saved: dict[str, Any], config: Config) -> tuple[str, ...]:

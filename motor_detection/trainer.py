@@ -19,9 +19,17 @@ from torch.amp import GradScaler
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
-from common.checkpoint import load_checkpoint, load_optimizer, load_weights, save_checkpoint, update_average
+from common.checkpoint import (
+    check_best,
+    check_same_run,
+    load_checkpoint,
+    load_optimizer,
+    load_weights,
+    save_checkpoint,
+    update_average,
+)
 from common.config import as_yaml
-from common.errors import config_error, data_error
+from common.errors import config_error
 from common.files import parsing
 from common.interrupt import StopRequest, ignore_interrupts, stop_on_signal
 from common.loading import lost_readers_told, next_batch
@@ -104,20 +112,8 @@ def begin(config: Config, device: torch.device) -> State:
 def resume(state: State, path: Path, config: Config, patches: Patches) -> None:
     """Continue from a checkpoint of the very same run on the very same patches."""
     saved = load_checkpoint(path, KIND, CHECKPOINT)
-    if saved["identity"] != training_identity(config):
-        raise data_error(f"{path}: belongs to a run of another config; choose another run.name, or --fresh")
-    if saved["patches"] != patches.digest:
-        raise data_error(
-            f"{path}: the patches or their labels have changed since this run began; "
-            "--fresh starts it over with those of now, another run.name keeps both"
-        )
-    if not 0 <= saved["step"] <= config.train.steps:
-        raise data_error(
-            f"{path}: is at step {saved['step']} of {config.train.steps}; it was damaged, start over with --fresh"
-        )
-    best = path.with_name("best.pt")
-    if saved["best"] >= 0 and not best.exists():
-        raise data_error(f"{best}: is missing, the best weights so far; restore it, or start over with --fresh")
+    check_same_run(saved, path, training_identity(config), ("patches", patches.digest), config.train.steps)
+    check_best(path, saved["best"] >= 0)
     load_weights(state.model, saved["model"], path)
     load_weights(state.average, saved["weights"], path)
     with parsing(path, "start over with --fresh"):

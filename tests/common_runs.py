@@ -94,6 +94,42 @@ def kill_at_random(command: list[str], folder: Path, dice: random.Random, longes
     return True
 
 
+def stop_when_saved(command: list[str], folder: Path, asked: signal.Signals) -> None:
+    """Ask a run to stop after its first checkpoint; check that it says one line, ends with 130 and leaves no process."""
+    child = subprocess.Popen(
+        command, cwd="/", env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background would ignore it
+    )  # fmt: skip
+    while not (folder / "checkpoints/last.pt").exists():
+        assert child.poll() is None, "it ended before it could be interrupted"
+        time.sleep(0.01)
+    members = family(child.pid)
+    if asked == signal.SIGINT:
+        os.killpg(child.pid, asked)  # as a terminal does, to all of the group
+    else:
+        child.send_signal(asked)  # as a cluster does
+    _, told = child.communicate(timeout=60)
+    assert child.returncode == 130 and "Traceback" not in told, told
+    assert told.splitlines()[-1].startswith("interrupted")
+    assert not [process for process in members if Path(f"/proc/{process}/cwd").exists()]
+
+
+def killed_until_complete(
+    command: list[str], folder: Path, dice: random.Random, kills: int, longest: float
+) -> list[int]:
+    """Kill a run so many times at random moments, then let it end; the steps that last.pt was at after each kill."""
+    steps = []
+    last = folder / "checkpoints" / "last.pt"
+    for _ in range(kills):
+        if not kill_at_random(command, folder, dice, longest):
+            break
+        steps.append(torch.load(last, weights_only=True)["step"] if last.exists() else 0)
+    done = run_command(command)
+    assert done.returncode == 0, done.stderr
+    print(f"\nkilled when the last checkpoint was of step {steps}")
+    return steps
+
+
 def differing(one: Any, other: Any, path: str) -> list[str]:
     """Paths inside two nested states whose values differ in any bit."""
     if isinstance(one, dict) and isinstance(other, dict):

@@ -1,17 +1,14 @@
 """A run that is killed and started again ends in the same bits: alone, with reading processes, under torchrun."""
 
-import os
 import random
 import signal
-import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from em_segmentation.config import Config
-from tests.common_runs import differing, environment, family, kill_at_random, run_command
+from tests.common_runs import differing, killed_until_complete, run_command, stop_when_saved
 from tests.em_segmentation.small_runs import changed, in_folder, saved, script, small_config, write_volumes
 
 KILLS = 5
@@ -46,16 +43,8 @@ def test_killed_at_random_moments_a_run_ends_in_the_same_bits(
     config = changed(small, f"data.num_workers={workers}")
     done = run_command(script(in_folder(config, tmp_path, "reference"), tmp_path, processes, []))
     assert done.returncode == 0, done.stderr
-    dice, steps = random.Random(processes * 10 + workers), []
     command = script(in_folder(config, tmp_path, "killed"), tmp_path, processes, [])
-    last = tmp_path / "killed" / "checkpoints" / "last.pt"
-    for _ in range(KILLS):
-        if not kill_at_random(command, tmp_path / "killed", dice, 1.5):
-            break
-        steps.append(saved(tmp_path / "killed", "last.pt")["step"] if last.exists() else 0)
-    done = run_command(command)
-    assert done.returncode == 0, done.stderr
-    print(f"\n{processes} processes, {workers} workers: killed when the last checkpoint was of step {steps}")
+    steps = killed_until_complete(command, tmp_path / "killed", random.Random(processes * 10 + workers), KILLS, 1.5)
     assert len([step for step in steps if step < 160]) >= 2, "too few kills hit the run"
     assert_same(tmp_path / "reference", tmp_path / "killed")
 
@@ -73,9 +62,7 @@ def test_other_networks_and_optimizers_are_continued_in_the_same_bits_too(small:
         done = run_command(script(in_folder(config, tmp_path, f"reference-{number}"), tmp_path, 0, []))
         assert done.returncode == 0, done.stderr
         command = script(in_folder(config, tmp_path, f"killed-{number}"), tmp_path, 0, [])
-        for _ in range(2):
-            kill_at_random(command, tmp_path / f"killed-{number}", random.Random(number), 1.0)
-        assert run_command(command).returncode == 0
+        killed_until_complete(command, tmp_path / f"killed-{number}", random.Random(number), 2, 1.0)
         assert_same(tmp_path / f"reference-{number}", tmp_path / f"killed-{number}")
 
 
@@ -105,22 +92,7 @@ def test_a_stopped_run_says_one_line_and_goes_on_later(small: Config, tmp_path: 
     done = run_command(script(in_folder(config, tmp_path, "reference"), tmp_path, 0, []))
     assert done.returncode == 0, done.stderr
     command = script(in_folder(config, tmp_path, "stopped"), tmp_path, 0, [])
-    child = subprocess.Popen(
-        command, cwd="/", env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background would ignore it
-    )  # fmt: skip
-    while not (tmp_path / "stopped/checkpoints/last.pt").exists():
-        assert child.poll() is None, "it ended before it could be interrupted"
-        time.sleep(0.01)
-    members = family(child.pid)
-    if asked == signal.SIGINT:
-        os.killpg(child.pid, asked)  # as a terminal does, to all of the group
-    else:
-        child.send_signal(asked)  # as a cluster does
-    _, told = child.communicate(timeout=60)
-    assert child.returncode == 130 and "Traceback" not in told, told
-    assert told.splitlines()[-1].startswith("interrupted")
-    assert not [process for process in members if Path(f"/proc/{process}/cwd").exists()]
+    stop_when_saved(command, tmp_path / "stopped", asked)
     again = run_command(command)
     assert again.returncode == 0 and "continuing" in again.stdout
     assert_same(tmp_path / "reference", tmp_path / "stopped")

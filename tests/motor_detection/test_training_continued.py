@@ -1,11 +1,8 @@
 """A run that is killed and started again ends in the same bits: alone, with reading processes, under torchrun."""
 
 import dataclasses
-import os
 import random
 import signal
-import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,7 @@ import pytest
 from common.checkpoint import load_checkpoint
 from motor_detection.config import Config
 from motor_detection.trainer import KIND
-from tests.common_runs import differing, environment, family, kill_at_random, run_command
+from tests.common_runs import differing, killed_until_complete, run_command, stop_when_saved
 from tests.motor_detection.small_runs import script, small_config, small_patches, write_tomograms
 
 KILLS = 5
@@ -55,16 +52,8 @@ def test_killed_at_random_moments_a_run_ends_in_the_same_bits(
     reference = script("train.py", in_folder(config, tmp_path, "reference"), tmp_path, processes, [])
     done = run_command(reference)
     assert done.returncode == 0, done.stderr
-    dice, steps = random.Random(processes * 10 + workers), []
     command = script("train.py", in_folder(config, tmp_path, "killed"), tmp_path, processes, [])
-    last = tmp_path / "killed" / "checkpoints" / "last.pt"
-    for _ in range(KILLS):
-        if not kill_at_random(command, tmp_path / "killed", dice, 1.2):
-            break
-        steps.append(state(tmp_path / "killed", "last.pt")["step"] if last.exists() else 0)
-    done = run_command(command)
-    assert done.returncode == 0, done.stderr
-    print(f"\n{processes} processes, {workers} workers: killed when the last checkpoint was of step {steps}")
+    steps = killed_until_complete(command, tmp_path / "killed", random.Random(processes * 10 + workers), KILLS, 1.2)
     assert len([step for step in steps if step < config.train.steps]) >= 2, "too few kills hit the run"
     for name in ("last.pt", "best.pt"):
         assert not differing(state(tmp_path / "reference", name), state(tmp_path / "killed", name), name)
@@ -90,19 +79,7 @@ def test_ctrl_c_says_one_line_and_the_run_goes_on_later(small: Config, tmp_path:
     done = run_command(script("train.py", in_folder(config, tmp_path, "reference"), tmp_path, 0, []))
     assert done.returncode == 0, done.stderr
     command = script("train.py", in_folder(config, tmp_path, "stopped"), tmp_path, 0, [])
-    child = subprocess.Popen(
-        command, cwd="/", env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background would ignore it
-    )  # fmt: skip
-    while not (tmp_path / "stopped/checkpoints/last.pt").exists():
-        assert child.poll() is None, "it ended before it could be interrupted"
-        time.sleep(0.01)
-    members = family(child.pid)
-    os.killpg(child.pid, signal.SIGINT)  # as a terminal does, to all of the group
-    _, said = child.communicate(timeout=60)
-    assert child.returncode == 130 and "Traceback" not in said, said
-    assert said.splitlines()[-1].startswith("interrupted")
-    assert not [process for process in members if Path(f"/proc/{process}/cwd").exists()]
+    stop_when_saved(command, tmp_path / "stopped", signal.SIGINT)
     again = run_command(command)
     assert again.returncode == 0 and "continuing" in again.stdout
     ours, theirs = state(tmp_path / "stopped", "last.pt"), state(tmp_path / "reference", "last.pt")
