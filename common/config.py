@@ -59,6 +59,14 @@ def outside(section: Any, limits: dict[str, tuple[float, float]]) -> Iterator[st
             yield f"{name}: expected {low:g} to {high:g}, got {list(value) if isinstance(value, tuple) else value}"
 
 
+def no_folder_names(section: Any, constants: tuple[str, ...]) -> Iterator[str]:
+    """For a section's problems(): one line per constant that could not be a folder's name; None is left alone."""
+    for constant in constants:
+        value = getattr(section, constant)
+        if value is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]*", value):
+            yield f"{constant}: expected a folder's name of letters, digits, '.', '-' and '_', got {value!r}"
+
+
 def restore(constants: ConfigType, text: str, path: Path) -> ConfigType:
     """The configuration that as_yaml wrote into a file of ours; a data error names the file where it no longer fits."""
     problems: list[str] = []

@@ -1,12 +1,11 @@
 """The constants of em_segmentation: full-size defaults, each with unit and reason, and the presets made from them."""
 
 import dataclasses
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from common.config import LARGEST_INT, configure, outside
+from common.config import LARGEST_INT, configure, no_folder_names, outside
 from data.phantoms.em_settings import EMPhantom
 from em_segmentation.config_inference import Decoding, Evaluation, Inference
 from em_segmentation.losses import fitting_problems
@@ -286,10 +285,7 @@ class Run:
     name: str | None = None  # folder under root; null = PRESET-<hash of the constants that shape the weights>
 
     def problems(self) -> Iterator[str]:
-        for constant in ("preset", "name"):
-            value = getattr(self, constant)
-            if value is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]*", value):
-                yield f"{constant}: expected a folder's name of letters, digits, '.', '-' and '_', got {value!r}"
+        yield from no_folder_names(self, ("preset", "name"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,13 +2,12 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from common.blocks import NormName
-from common.config import LARGEST_INT, outside
+from common.config import LARGEST_INT, no_folder_names, outside
 from data.phantoms.motor_settings import MotorPhantom
 from motor_detection.losses import LossName
 
@@ -200,10 +199,7 @@ class Run:
     name: str | None = None  # folder under root; null = PRESET-<hash of the constants that shape the weights>
 
     def problems(self) -> Iterator[str]:
-        for constant in ("preset", "name"):
-            value = getattr(self, constant)
-            if value is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]*", value):
-                yield f"{constant}: expected a folder's name of letters, digits, '.', '-' and '_', got {value!r}"
+        yield from no_folder_names(self, ("preset", "name"))
 
 
 @dataclasses.dataclass(frozen=True)
