@@ -18,6 +18,7 @@ Ints = npt.NDArray[np.int64]
 MITOCHONDRION, SYNAPSE, LYSOSOME = 1, 2, 3  # semantic classes
 CLEARANCE = 24.0  # nm between an organelle and the neurite's membrane
 SMALLEST_NM3 = 2.5e6  # an organelle cut smaller by its neurite is left out
+WARPED_NM = 180.0  # by which the distortion of space may lengthen an organelle
 TRIES = 600  # places tried for mitochondria
 RETICULUM_NM = 75.0  # correlation length of the noise whose level set the reticulum is
 
@@ -78,7 +79,7 @@ class Organelle:
 def body_of_balls(drawing: Drawing, axis: Points, radius: npt.NDArray[np.float64], neurite: int) -> Organelle | None:
     """The union of balls about points of the plan (k, 3), as far as their neurite has room; None if that is too little."""
     middles = drawing.warp.from_plan(axis)
-    reach = float(radius.max()) + 60
+    reach = float(radius.max()) + WARPED_NM
     box = drawing.grid.box_around(middles.min(0) - reach, middles.max(0) + reach)
     depth = drawing.partition.depth[box]
     possible = (drawing.partition.body[box] == neurite) & (depth > CLEARANCE)

@@ -14,11 +14,12 @@ import scipy.ndimage
 
 from common.errors import UserError
 from common.metrics.segmentation import adapted_rand, count_overlaps, mask_score, without_truth
+from data.phantoms import em_organelles
 from data.phantoms.em import EMPhantom, simulate_volume, write_phantom
 from data.phantoms.em_curves import Curves
 from data.phantoms.em_grid import Grid, Warp, canvas, draw_warp, refined
 from data.phantoms.em_imaging import draw_faults
-from data.phantoms.em_organelles import CLEARANCE, Drawing, body_of_balls
+from data.phantoms.em_organelles import CLEARANCE, Drawing, Organelle, body_of_balls
 from data.phantoms.em_partition import Partition, connected_pieces, divide, instances, without_splinters
 
 SOUND = {f"{name}_share": 0.0 for name in ("missing", "shifted", "folded", "scratched", "blurred", "charged")}
@@ -121,6 +122,23 @@ def open_drawing(grid: Grid) -> Drawing:
     return Drawing(
         grid, warp, curves, partition, np.zeros(grid.shape, np.float32), free, free > 0, nothing, EMPhantom()
     )
+
+
+def test_organelles_are_drawn_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where space is distorted a body may be longer than planned; the box it is drawn in must not cut it."""
+    drawn: list[bool] = []
+
+    def noted(drawing: Drawing, *rest: Any) -> Organelle | None:
+        organelle = body_of_balls(drawing, *rest)
+        if organelle is not None:
+            for axis, (part, n) in enumerate(zip(organelle.box, drawing.grid.shape, strict=True)):
+                low, high = (organelle.inside.take(end, axis).any() for end in (0, -1))
+                drawn.append(bool((part.start > 0 and low) or (part.stop < n and high)))
+        return organelle
+
+    monkeypatch.setattr(em_organelles, "body_of_balls", noted)
+    simulate_volume(changed(MEDIUM, {"lysosomes_per_cubic_micrometre": 6.0}), "train", 5)
+    assert len(drawn) > 30 and not any(drawn)
 
 
 @pytest.mark.parametrize("voxel_size_nm", [(24.0, 12.0, 12.0), (8.0, 8.0, 8.0), (45.0, 9.0, 14.0)])
