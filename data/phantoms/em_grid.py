@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -106,14 +107,20 @@ def refined(nodes: npt.NDArray[np.floating], steps: tuple[int, int, int]) -> Flo
     """Linear interpolation of values at nodes (..., z, y, x) to the fine voxels before the last nodes."""
     values = np.asarray(nodes, np.float32)
     for axis, step in zip((-1, -2, -3), steps[::-1], strict=True):  # the largest arrays last, in whole planes
-        low, rise = values.take(range(values.shape[axis] - 1), axis), np.diff(values, axis=axis)
+        low = values[along(axis, slice(None, -1))]
+        rise = values[along(axis, slice(1, None))] - low
         shape = list(values.shape)
         shape[axis] = step * rise.shape[axis]
         values = np.empty(shape, np.float32)
-        moved = np.moveaxis(values, axis, 0)
         for part in range(step):
-            moved[part::step] = np.moveaxis(low + rise * np.float32(part / step), axis, 0)
+            np.multiply(rise, np.float32(part / step), out=values[along(axis, slice(part, None, step))])
+            values[along(axis, slice(part, None, step))] += low
     return values
+
+
+def along(axis: int, part: slice) -> tuple[Any, ...]:
+    """The index of a part of an axis -1, -2 or -3, and all of the others."""
+    return (..., part, *[slice(None)] * (-axis - 1))
 
 
 def smooth_noise(

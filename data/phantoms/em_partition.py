@@ -15,7 +15,7 @@ from data.phantoms.em_grid import Box, Float, Grid, Points, Warp, box_shape, ref
 Ids = npt.NDArray[np.int32]
 
 SPLINTER_NODES = 90  # pieces of fewer nodes vanish from the plan
-REGION, BLOCK = (12, 18, 18), (4, 6, 6)  # cells between nodes whose curves are gathered, and worked on, at once
+REGION, BLOCK = (12, 18, 18), (6, 9, 9)  # cells between nodes whose curves are gathered, and worked on, at once
 STEEPEST = 0.5  # smallest slope by which a difference of distances is divided
 
 
@@ -48,10 +48,12 @@ def first_points(curves: Curves) -> npt.NDArray[np.int64]:
 
 def blocks_with_curves(curves: Curves, grid: Grid, warp: Warp) -> Iterator[tuple[Box, Curves, Points]]:
     """Boxes of nodes, the curve points that matter there, and the distances to their tubes (nodes, points) nm."""
+    z, y, x = grid.nodes
+    planned = warp.nodes_to_plan((slice(0, z), slice(0, y), slice(0, x)))
     for region in grid.blocks(REGION):
-        of_region = near_curves(curves, warp.nodes_to_plan(region))
+        of_region = near_curves(curves, planned[region])
         for box in grid.blocks_of(region, BLOCK):
-            points = warp.nodes_to_plan(box)
+            points = planned[box]
             near = near_curves(of_region, points)
             distance = scipy.spatial.distance.cdist(points.reshape(-1, 3), near.position)
             distance -= near.radius
