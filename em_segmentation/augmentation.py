@@ -49,6 +49,10 @@ class Patch:
     annotated: Tensor  # (B, 1, z, y, x) bool
     position: Tensor  # (B,) int64, the sample's number in the run
 
+    def pin_memory(self) -> "Patch":
+        """The batch in memory that a GPU copies from while the host goes on; the loader asks for it."""
+        return Patch(*(getattr(self, field.name).pin_memory() for field in dataclasses.fields(self)))
+
 
 @torch.no_grad()
 def augmented(batch: Patch, settings: Augmentation, voxel_size_nm: VoxelSize, seed: int) -> Patch:

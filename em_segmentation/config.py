@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Literal
 
 from common.config import LARGEST_INT, configure, no_folder_names, outside
+from common.errors import UserError
 from data.phantoms.em_settings import EMPhantom
 from em_segmentation.config_inference import Decoding, Evaluation, Inference
+from em_segmentation.decoding.settings import settings_of
 from em_segmentation.losses import fitting_problems
+from em_segmentation.turns import affinity_moves, turns_of
 
 Triple = tuple[int, int, int]
 TargetName = Literal["semantic", "boundary", "affinity", "distance", "centre", "lsd"]
@@ -143,7 +146,7 @@ class Model:
     mednext_block_counts: tuple[int, ...] = (2, 2, 2, 2, 2, 2, 2, 2, 2)
     mednext_grn: bool = False
     deep_supervision: bool = False  # mednext: losses at five scales
-    activation_checkpointing: bool = False  # mednext: recompute instead of keep; M and L on small GPUs
+    activation_checkpointing: bool = False  # mednext: recompute instead of keep, for small GPUs; M and L always do
     start_from: Path | None = None  # best.pt to begin with: of this network, or of MedNeXt with smaller kernels
 
     def problems(self) -> Iterator[str]:
@@ -319,6 +322,19 @@ class Config:
             yield "decoding.method: the pieces of a semantic class are components; expected decoding.method=components"
         if needed in ("boundary", "semantic") and decoding.method == "mutex":
             yield "decoding.method: mutex needs affinities; expected decoding.target=affinity"
+        yield from self._impossible_decoding()
+
+    def _impossible_decoding(self) -> Iterator[str]:
+        """What only prediction would meet, after the training."""
+        targets = self.targets
+        try:
+            if self.decoding.target != "none":
+                settings_of(self.decoding, targets, self.decoding.threshold)
+            if "affinity" in targets.names:
+                for turn in turns_of(self.inference.tta):
+                    affinity_moves(turn, targets.affinity_offsets, targets.affinity_stored_at)
+        except UserError as error:
+            yield from error.problems
 
 
 BASE = Config(

@@ -5,7 +5,6 @@ import itertools
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from common.errors import UserError, config_error
@@ -13,7 +12,7 @@ from common.streams import random_for
 from em_segmentation.augmentation import Patch
 from em_segmentation.augmentation import problems as augmentation_problems
 from em_segmentation.config import Config, Data, Targets
-from em_segmentation.volumes import Annotated, Role, Triple, digest, in_memory, open_role
+from em_segmentation.volumes import Annotated, Role, Triple, check_apart, digest, in_memory, open_role
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +31,7 @@ def open_volumes(config: Config) -> Volumes:
     roles: dict[Role, list[Annotated]] = {"train": open_role(data, "train"), "val": open_role(data, "val")}
     if not roles["train"]:
         raise config_error("data.train_image: expected at least one volume to train on")
+    check_apart(roles)
     for role, volumes in roles.items():
         for volume in volumes:
             check_volume(config, role, volume)
@@ -65,9 +65,11 @@ def check_volume(config: Config, role: Role, volume: Annotated) -> None:
             f"targets.label_channels: {volume.label.path} has {volume.label.num_channels} channels, "
             f"expected at least {needed}"
         )
-    if any(edge > n for edge, n in zip(config.data.patch_size, volume.shape, strict=True)):
+    size = config.data.patch_size
+    least = size if role == "train" or config.model.architecture.endswith("unetr") else validation_granules(size)
+    if any(edge > n for edge, n in zip(least, volume.shape, strict=True)):
         raise config_error(
-            f"data.patch_size: {list(config.data.patch_size)} is larger than {path} {list(volume.shape)}; "
+            f"data.patch_size: {list(size)} is larger than {path} {list(volume.shape)}; "
             "expected a smaller patch, or larger volumes"
         )
 
@@ -169,6 +171,20 @@ class PatchList(Dataset[Patch | UserError]):
             return error
 
 
+def validation_granules(size: Triple) -> Triple:
+    """What edges of a smaller patch must be multiples of: the powers of two in those of a patch that a network takes."""
+    z, y, x = (edge & -edge for edge in size)
+    return z, y, x
+
+
+def validation_size(volumes: list[Annotated], size: Triple) -> Triple:
+    """Edges of validation patches: those of training patches, shorter where a validation volume is smaller."""
+    least = np.array([volume.shape for volume in volumes]).min(0)
+    granules = validation_granules(size)
+    z, y, x = (edge if edge <= n else int(n) // g * g for edge, n, g in zip(size, least, granules, strict=True))
+    return z, y, x
+
+
 def validation_places(volumes: list[Annotated], size: Triple, most: int) -> list[tuple[int, Triple]]:
     """Volume and corner of at most `most` patches, evenly chosen from grids that cover the volumes without gaps."""
     every: list[tuple[int, Triple]] = []
@@ -194,7 +210,8 @@ def stack(patches: list[Patch | UserError]) -> Patch | UserError:
 
 
 def to_device(batch: Patch, device: torch.device) -> Patch:
-    moved: dict[str, Tensor] = {
-        field.name: getattr(batch, field.name).to(device, non_blocking=True) for field in dataclasses.fields(Patch)
-    }
-    return Patch(**moved)
+    """The batch with its voxels on a device; positions stay, as what is drawn from them is drawn on the host."""
+    image, labels, annotated = (
+        part.to(device, non_blocking=True) for part in (batch.image, batch.labels, batch.annotated)
+    )
+    return Patch(image, labels, annotated, batch.position)

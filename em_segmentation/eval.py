@@ -28,13 +28,15 @@ from common.files import write_text
 from common.lock import exclusive
 from common.memory import keep_freed_memory
 from common.parallel import process_group
-from em_segmentation.config import PRESETS, Config
+from common.volumes.opening import split_location
+from em_segmentation.config import PRESETS, Config, Data
 from em_segmentation.inference import load_model, rounding_cost, working_copy
 from em_segmentation.judging import check_judged, judge, predict_role
 from em_segmentation.model_defs.registry import SegmentationModel
 from em_segmentation.pages import summary, write_pages
 from em_segmentation.places import resolve, run_folder, training_identity
-from em_segmentation.volumes import Annotated, open_role
+from em_segmentation.train import use_processor
+from em_segmentation.volumes import Annotated, Role, check_apart, open_role
 
 
 def check_same_run(trained: Config, config: Config, path: Path) -> None:
@@ -45,14 +47,34 @@ def check_same_run(trained: Config, config: Config, path: Path) -> None:
         )
 
 
-def check_together(known: Config, roles: dict[str, list[Annotated]]) -> None:
+def check_together(known: Config, roles: dict[Role, list[Annotated]]) -> None:
     """The weights' targets, the decoding and the volumes must fit each other."""
     if problems := list(known.problems()):  # the checkpoint may be another config's
         raise config_error(*problems)
     if not roles["test"]:
         raise config_error("data.test_image, data.test_label: expected labelled volumes to judge the weights on")
+    if "semantic" not in known.targets.names and known.decoding.target == "none":
+        raise config_error(
+            "decoding.target: none, and no semantic target: nothing to judge; expected decoding.target=affinity or boundary"
+        )
     for volume in (*roles["val"], *roles["test"]):
         check_judged(volume, known)
+
+
+def trained_on(trained: Config, resolved: Config) -> list[Annotated]:
+    """The volumes that the weights were trained on, as far as they are still there; those of a phantom are never judged."""
+    data = trained.data if trained.data.source == "files" else resolved.data
+    there = [name for name in data.train_image if "*" in name or split_location(name)[0].exists()]
+    if len(there) < len(data.train_image):
+        return []
+    return open_role(data, "train")
+
+
+def with_judged(trained: Data, judged: Data) -> Data:
+    """The data section that the weights were trained with, with the volumes that are judged now."""
+    kinds = [f"{role}_{kind}" for role in ("val", "test") for kind in ("image", "label", "mask", "sections")]
+    names = ("source", "root", "image_axes", "label_axes", *kinds)
+    return dataclasses.replace(trained, **{name: getattr(judged, name) for name in names})
 
 
 def test(config: Config, folder: Path, checkpoint: Path | None) -> int:
@@ -63,14 +85,22 @@ def test(config: Config, folder: Path, checkpoint: Path | None) -> int:
             f"--run: no trained weights at {best.absolute()}; train with the same words first, or give --run FOLDER"
         )
     keep_freed_memory()
+    use_processor(config)
     results = folder / "results"
     with process_group(config.system.deterministic) as device, exclusive(results):
         model, trained = load_model(best, device)
         if checkpoint is None:
             check_same_run(trained, config, best)
         resolved = resolve(config)
-        roles = {"val": open_role(resolved.data, "val"), "test": open_role(resolved.data, "test")}
-        known = dataclasses.replace(trained, inference=config.inference, decoding=config.decoding)
+        roles: dict[Role, list[Annotated]] = {role: open_role(resolved.data, role) for role in ("val", "test")}
+        check_apart(roles | {"train": trained_on(trained, resolved)})
+        known = dataclasses.replace(
+            trained,
+            inference=config.inference,
+            decoding=config.decoding,
+            evaluation=config.evaluation,
+            data=with_judged(trained.data, resolved.data),
+        )
         check_together(known, roles)
         tell(model, roles["test"][0], known)
         if (results / "metrics.json").exists():
@@ -79,9 +109,9 @@ def test(config: Config, folder: Path, checkpoint: Path | None) -> int:
         predictions = {
             role: predict_role(network, volumes, known, best, results, role) for role, volumes in roles.items()
         }
-        verdict = judge(roles, predictions, known, config.evaluation, results)
+        verdict = judge(roles, predictions, known, results)
         write_text(results / "metrics.json", json.dumps(verdict.figures, indent=2, allow_nan=False) + "\n")
-        write_pages(verdict, roles["test"], known, config.evaluation, folder)
+        write_pages(verdict, roles["test"], known, folder)
     print(summary(verdict, known))
     print(results / "metrics.json", *sorted((folder / "figures").glob("*.png")), folder / "report.html", sep="\n")
     return 0

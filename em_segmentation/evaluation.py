@@ -252,4 +252,5 @@ def boundary_figure(
     truth: Truth, found: Found, voxel_size_nm: tuple[float, float, float], settings: Evaluation
 ) -> float:
     """Boundary F1 of one volume, where there are true objects."""
-    return boundary_f1(truth.ids, np.where(truth.ids > 0, found, 0), voxel_size_nm, settings.boundary_tolerance_nm)
+    inside = truth.judged & (truth.ids > 0)
+    return boundary_f1(truth.ids, found, inside, voxel_size_nm, settings.boundary_tolerance_nm)

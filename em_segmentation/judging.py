@@ -18,7 +18,7 @@ from common.logbook import progress
 from common.volumes.volume import Volume
 from em_segmentation.config import Config
 from em_segmentation.config_inference import Evaluation
-from em_segmentation.decoding.settings import Settings
+from em_segmentation.decoding.settings import Settings, settings_of
 from em_segmentation.evaluation import (
     ByteHistogram,
     Bytes,
@@ -47,7 +47,6 @@ from em_segmentation.model_defs.registry import SegmentationModel
 from em_segmentation.prediction import (
     Source,
     decoded_channels,
-    decoding_settings,
     forget_others,
     instances_identity,
     note_of,
@@ -56,12 +55,12 @@ from em_segmentation.prediction import (
     write_instances,
     write_prediction,
 )
-from em_segmentation.volumes import Annotated
+from em_segmentation.volumes import Annotated, Role
 
 MIDDLE = 128  # of bytes: the threshold where no validation volume says better
 Figures = dict[str, float | int | str]
-Roles = dict[str, list[Annotated]]
-Predictions = dict[str, list[Volume]]
+Roles = dict[Role, list[Annotated]]
+Predictions = dict[Role, list[Volume]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,15 +105,15 @@ def check_judged(volume: Annotated, config: Config) -> None:
         )
 
 
-def judge(roles: Roles, predictions: Predictions, config: Config, settings: Evaluation, folder: Path) -> Verdict:
+def judge(roles: Roles, predictions: Predictions, config: Config, folder: Path) -> Verdict:
     """All figures of the test volumes; everything that is chosen is chosen on the validation volumes."""
     verdict = Verdict(
         {"test_volumes": len(roles["test"]), "validation_volumes": len(roles["val"])}, [], None, None
     )  # fmt: skip
     if "semantic" in config.targets.names:
-        verdict = judge_semantic(verdict, roles, predictions, config, settings)
+        verdict = judge_semantic(verdict, roles, predictions, config)
     if config.decoding.target != "none":
-        verdict = judge_instances(verdict, roles, predictions, config, settings, folder)
+        verdict = judge_instances(verdict, roles, predictions, config, folder)
     return verdict
 
 
@@ -151,9 +150,7 @@ def semantic_truth(volume: Annotated, config: Config) -> npt.NDArray[np.uint8]:
     return labels.astype(np.uint8)
 
 
-def judge_semantic(
-    verdict: Verdict, roles: Roles, predictions: Predictions, config: Config, settings: Evaluation
-) -> Verdict:
+def judge_semantic(verdict: Verdict, roles: Roles, predictions: Predictions, config: Config) -> Verdict:
     """Adds Jaccard index and Dice of each class, the Jaccard index with its interval and beside Otsu's threshold."""
     channels, targets = written_channels(config.targets)["semantic"], config.targets
     figures, curves, threshold = dict(verdict.figures), list(verdict.curves), MIDDLE
@@ -175,7 +172,7 @@ def judge_semantic(
         judged += int(known.sum())
         classes = found if classes is None else classes
     for name in targets.semantic_names:
-        figures |= class_figures(name, np.concatenate(counts[name]), judged, settings)
+        figures |= class_figures(name, np.concatenate(counts[name]), judged, config.evaluation)
     figures |= otsu_figures(roles, config)
     return dataclasses.replace(verdict, figures=figures, curves=curves, classes=classes)
 
@@ -238,33 +235,34 @@ def truth_channel(config: Config) -> int:
     return targets.label_channels[[str(name) for name in targets.names].index(target)]
 
 
-def instance_truth(volume: Annotated, config: Config, settings: Evaluation) -> Truth:
+def instance_truth(volume: Annotated, config: Config) -> Truth:
     """True instances [z, y, x], and where they are judged."""
     ids = labels_of(volume, truth_channel(config))
     if config.decoding.by_section:
         ids = np.unique(ids, return_inverse=True)[1].reshape(ids.shape) + (0 if (ids == 0).any() else 1)
         first = np.arange(len(ids))[:, None, None] * (ids.max() + 1)
         ids = np.where(ids > 0, ids + first, 0)
-    return truth_of(ids, annotated_of(volume), settings)
+    return truth_of(ids, annotated_of(volume), config.evaluation)
 
 
-def judge_instances(
-    verdict: Verdict, roles: Roles, predictions: Predictions, config: Config, settings: Evaluation, folder: Path
-) -> Verdict:
+def judge_instances(verdict: Verdict, roles: Roles, predictions: Predictions, config: Config, folder: Path) -> Verdict:
     """Adds figures of instances at the threshold that validation chose, and the raw image's watershed beside."""
-    threshold, curves, instances = config.decoding.threshold, list(verdict.curves), None
-    if roles["val"]:
+    settings, threshold = config.evaluation, config.decoding.threshold
+    curves: list[Curve] = list(verdict.curves)
+    instances: Found | None = None
+    if roles["val"] and config.decoding.method != "mutex":  # which merges without a threshold
         values = (whole(decoded_channels(prediction, config)) for prediction in predictions["val"])
-        decoder = decoding_settings(config.decoding, config.targets, threshold)
-        curves.append(rand_curve(values, roles["val"], decoder, config, settings))
+        decoder = settings_of(config.decoding, config.targets, threshold)
+        curves.append(rand_curve(values, roles["val"], decoder, config))
         threshold = curves[-1].chosen
-    tables, boundaries = [], []
+    tables, joined, boundaries = [], [], []
     for number, (volume, prediction) in enumerate(zip(roles["test"], predictions["test"], strict=True)):
         path, made_from = folder / f"test_{number}_instances.npy", read_text(note_of(prediction.path))
         forget_others(path, instances_identity(config, threshold, made_from))
         found = whole(write_instances(prediction, config, threshold, volume.voxel_size_nm, made_from, path))[0]
-        truth = instance_truth(volume, config, settings)
+        truth = instance_truth(volume, config)
         tables.append(overlap_pieces(truth, found))
+        joined.append(overlap_pieces(truth, np.ones_like(found)))
         boundaries.append(boundary_figure(truth, found, volume.voxel_size_nm, settings))
         instances = found if instances is None else instances
     interval = interval_of_rand(tables, settings)
@@ -275,37 +273,36 @@ def judge_instances(
         "adapted_rand_error_high": interval.high,
         "instance_pieces": sum(map(len, tables)),
         "boundary_f1": float(np.mean(boundaries)),
-        **raw_watershed_figures(roles, config, settings),
+        "chance_adapted_rand_error": rand_error(joined),
+        **raw_watershed_figures(roles, config),
     }
     return dataclasses.replace(verdict, figures=figures, curves=curves, instances=instances)
 
 
-def rand_curve(
-    volumes: Iterable[Bytes], annotated: list[Annotated], decoder: Settings, config: Config, settings: Evaluation
-) -> Curve:
+def rand_curve(volumes: Iterable[Bytes], annotated: list[Annotated], decoder: Settings, config: Config) -> Curve:
     """Adapted Rand error of all volumes together at each of decoding.thresholds; the least is chosen, of equals the first."""
     thresholds = config.decoding.thresholds
     tables: list[list[Any]] = [[] for _ in thresholds]  # per threshold and volume, the pieces' overlaps
     for values, volume in zip(progress(volumes, "trying thresholds", len(annotated), True), annotated, strict=True):
-        truth = instance_truth(volume, config, settings)
+        truth = instance_truth(volume, config)
         for own, labels in zip(tables, segment_sections(values, decoder, thresholds, config.decoding), strict=True):
             own.append(overlap_pieces(truth, labels))
     errors = [rand_error(own) for own in tables]
     return Curve("adapted Rand error", list(thresholds), errors, thresholds[int(np.argmin(errors))])
 
 
-def raw_watershed_figures(roles: Roles, config: Config, settings: Evaluation) -> Figures:
+def raw_watershed_figures(roles: Roles, config: Config) -> Figures:
     """The same decoding of the raw image, dark taken for boundary, its threshold chosen as ours is."""
     plain = dataclasses.replace(config.decoding, target="boundary", method="watershed", height="boundary", foreground=0)
-    decoder, threshold = decoding_settings(plain, config.targets, MIDDLE), MIDDLE
+    decoder, threshold = settings_of(plain, config.targets, MIDDLE), MIDDLE
     if roles["val"]:
         values = (dark_as_boundary(image_of(volume)) for volume in roles["val"])
-        threshold = rand_curve(values, roles["val"], decoder, config, settings).chosen
+        threshold = rand_curve(values, roles["val"], decoder, config).chosen
     tables = []
     for volume in roles["test"]:
         labels = segment_sections(dark_as_boundary(image_of(volume)), decoder, (threshold,), config.decoding)[0]
-        tables.append(overlap_pieces(instance_truth(volume, config, settings), labels))
-    figures = instance_figures(tables, settings)
+        tables.append(overlap_pieces(instance_truth(volume, config), labels))
+    figures = instance_figures(tables, config.evaluation)
     return {
         "baseline_adapted_rand_error": figures["adapted_rand_error"],
         "baseline_voi_split": figures["voi_split"],

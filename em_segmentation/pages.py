@@ -7,7 +7,6 @@ from common.files import read_text
 from common.logbook import read_metrics
 from common.report import Section, write_report
 from em_segmentation.config import Config
-from em_segmentation.config_inference import Evaluation
 from em_segmentation.figures import draw_learning_curve, draw_thresholds
 from em_segmentation.judging import Figures, Verdict, image_of, instance_truth, semantic_truth
 from em_segmentation.overlays import Shown, draw_errors, draw_overlay
@@ -28,14 +27,17 @@ def summary(verdict: Verdict, config: Config) -> str:
             lines.append(f"  chance {figures[f'chance_{name}_jaccard']:.3f}: everything is {name}")
     if config.decoding.target != "none":
         chosen = "chosen on validation" if figures["validation_volumes"] else "of the config"
+        threshold = (
+            f", threshold {figures['instance_threshold']:.3f} {chosen}" if config.decoding.method != "mutex" else ""
+        )
         lines += [
             f"test adapted Rand error {figures['adapted_rand_error']:.3f} ({interval(figures, 'adapted_rand_error', config)}, "
-            f"n = {figures['instance_pieces']} pieces), V_rand {figures['v_rand']:.3f}, threshold "
-            f"{figures['instance_threshold']:.3f} {chosen}",
+            f"n = {figures['instance_pieces']} pieces), V_rand {figures['v_rand']:.3f}{threshold}",
             f"  VOI split {figures['voi_split']:.3f} + merge {figures['voi_merge']:.3f} bits; "
             f"{figures['num_objects']} objects for {figures['num_true_objects']} true ones",
             f"  baseline {figures['baseline_adapted_rand_error']:.3f}, VOI {figures['baseline_voi_split']:.3f} + "
             f"{figures['baseline_voi_merge']:.3f}: {figures['baseline_instances']}",
+            f"  chance {figures['chance_adapted_rand_error']:.3f}: everything is one object",
         ]
     return "\n".join(lines)
 
@@ -44,13 +46,13 @@ def interval(figures: Figures, name: str, config: Config) -> str:
     return f"{config.evaluation.confidence:.0%} interval {figures[f'{name}_low']:.3f} to {figures[f'{name}_high']:.3f}"
 
 
-def write_pages(verdict: Verdict, volumes: list[Annotated], config: Config, settings: Evaluation, folder: Path) -> None:
+def write_pages(verdict: Verdict, volumes: list[Annotated], config: Config, folder: Path) -> None:
     """Pictures of a run's test volumes, and its report.html."""
     pictures = folder / "figures"
     sections = [figures_section(verdict.figures, config)]
     if "semantic" in config.targets.names:
         sections.append(classes_section(verdict.figures, config))
-    shown = shown_of(verdict, volumes[0], config, settings)
+    shown = shown_of(verdict, volumes[0], config)
     if shown.found_classes is not None or shown.found_ids is not None:
         draw_overlay(shown, pictures / "overlay.png")
         text = "A found object has the colour of the true one that it shares most voxels with; grey ones share none."
@@ -106,7 +108,7 @@ def classes_section(figures: Figures, config: Config) -> Section:
     return Section("Classes", text, rows, None, "")
 
 
-def shown_of(verdict: Verdict, volume: Annotated, config: Config, settings: Evaluation) -> Shown:
+def shown_of(verdict: Verdict, volume: Annotated, config: Config) -> Shown:
     """The first test volume for the pictures."""
     return Shown(
         image_of(volume),
@@ -114,6 +116,6 @@ def shown_of(verdict: Verdict, volume: Annotated, config: Config, settings: Eval
         config.targets.semantic_names,
         semantic_truth(volume, config) if verdict.classes is not None else None,
         verdict.classes,
-        instance_truth(volume, config, settings).ids if verdict.instances is not None else None,
+        instance_truth(volume, config).ids if verdict.instances is not None else None,
         verdict.instances,
     )

@@ -118,7 +118,7 @@ def predict(flags: argparse.Namespace, model: SegmentationModel, trained: Config
     """Everything between the command line and the files, on every process of the group."""
     path = probabilities_path(flags)
     with ExitStack() as held:
-        with process_group(True) as device:
+        with process_group(config.system.deterministic) as device:
             first_rank_does(lambda: hold(held, flags, path))
             model = model.to(device)
             image = all_ranks_do(lambda: open_volume(flags.input, config.data.image_axes))

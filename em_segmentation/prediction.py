@@ -4,6 +4,7 @@ Both can be killed and continued; several processes share the planes of the prob
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -17,7 +18,7 @@ import torch.distributed as dist
 
 from common.config import as_yaml
 from common.errors import config_error
-from common.files import parsing, read_text, write_text
+from common.files import parsing, read_text, write_atomically, write_text
 from common.logbook import progress
 from common.parallel import all_ranks_do, first_rank_does
 from common.volumes.finishing import check_target
@@ -33,13 +34,13 @@ from common.volumes.streaming import (
     partial_folder,
 )
 from common.volumes.volume import Volume
-from em_segmentation.config import Config, Targets
+from em_segmentation.config import Config
 from em_segmentation.config_inference import Decoding
 from em_segmentation.decoding.blocks import decode_blocks, write_decoded
 from em_segmentation.decoding.cleaning import smallest_dtype
 from em_segmentation.decoding.executors import open_executor
 from em_segmentation.decoding.pipeline import segment_at
-from em_segmentation.decoding.settings import Settings
+from em_segmentation.decoding.settings import Settings, settings_of
 from em_segmentation.inference import predicted_planes, row_starts, written_channels
 from em_segmentation.model_defs.registry import SegmentationModel
 from em_segmentation.volumes import Scale
@@ -66,7 +67,9 @@ class Source:
     def identity(self, config: Config) -> str:
         """Changes with all that the predicted file depends on."""
         image = dataclasses.replace(self.image, path=self.image.path.resolve())  # with its axes and its key in the file
-        facts = [image, self.scale, self.sections, self.voxel_size_nm, self.weights, as_yaml(config.inference)]
+        state = image.path.stat()  # of a folder: when a section came or went
+        facts = [image, state.st_size, state.st_mtime_ns]
+        facts += [self.scale, self.sections, self.voxel_size_nm, self.weights, as_yaml(config.inference)]
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
@@ -191,31 +194,6 @@ def decoded_channels(prediction: Volume, config: Config) -> Channels:
     return Channels(prediction, written_channels(config.targets)[name], target == "semantic")
 
 
-def decoding_settings(decoding: Decoding, targets: Targets, threshold: int) -> Settings:
-    """The decoder's settings under a config."""
-    return Settings(
-        method=decoding.method,
-        input="affinities" if decoding.target == "affinity" else "boundary",
-        offsets=targets.affinity_offsets,
-        stored_at=targets.affinity_stored_at,
-        foreground=decoding.foreground,
-        neighbours=decoding.neighbours,
-        height=decoding.height,
-        distance_threshold=decoding.distance_threshold,
-        distance_reach=decoding.distance_reach,
-        wall=decoding.wall,
-        smoothing=decoding.smoothing,
-        min_depth=decoding.min_depth,
-        linkage=decoding.linkage,
-        quantile=decoding.quantile,
-        bins=256,
-        threshold=threshold,
-        min_size=decoding.min_size,
-        fill_holes=decoding.fill_holes,
-        small=decoding.small if decoding.method != "components" else "remove",
-    )
-
-
 @dataclasses.dataclass(frozen=True)
 class BoxWriter:
     """Takes blocks of labels into a streamed volume."""
@@ -228,7 +206,7 @@ class BoxWriter:
 
 def instances_identity(config: Config, threshold: int, made_from: str) -> str:
     """Changes with all that instances depend on; made_from: the prediction's identity."""
-    settings = decoding_settings(config.decoding, config.targets, threshold)
+    settings = settings_of(config.decoding, config.targets, threshold)
     facts = f"{made_from} {settings} {config.decoding.by_section}"
     return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
@@ -238,14 +216,16 @@ def write_instances(
 ) -> Volume:
     """Instances [z, y, x] of a prediction at a path, ids from 1, block by block where it is larger than one block.
 
-    made_from: the prediction's identity; what is finished is kept. Sections decoded by themselves are all in memory.
+    made_from: the prediction's identity; what is finished is kept.
     """
     identity = instances_identity(config, threshold, made_from)
     if not is_finished(path, identity):
-        settings = decoding_settings(config.decoding, config.targets, threshold)
+        settings = settings_of(config.decoding, config.targets, threshold)
         channels = decoded_channels(prediction, config)
-        if config.decoding.by_section or np.prod(prediction.shape) <= np.prod(config.decoding.block_size):
-            streamed = decode_whole(channels, settings, config.decoding, identity, path)
+        if config.decoding.by_section:
+            streamed = decode_sections(channels, settings, identity, path)
+        elif np.prod(prediction.shape) <= np.prod(config.decoding.block_size):
+            streamed = decode_whole(channels, settings, identity, path)
         else:
             streamed = decode_by_blocks(channels, settings, config.decoding, identity, path)
         finish(streamed, voxel_size_nm)
@@ -272,13 +252,32 @@ def numbered_on(sections: list[npt.NDArray[np.unsignedinteger]]) -> npt.NDArray[
     return numbered
 
 
-def decode_whole(
-    channels: Channels, settings: Settings, decoding: Decoding, identity: str, path: Path
-) -> StreamedVolume:
-    labels = segment_sections(whole(channels), settings, (settings.threshold,), decoding)[0]
+def decode_whole(channels: Channels, settings: Settings, identity: str, path: Path) -> StreamedVolume:
+    labels = segment_at(whole(channels), settings, (settings.threshold,))[0]
     check_target(path, 1, labels.dtype)  # PNG holds no more than 65535 ids
     streamed = open_streamed(path, (1, *channels.shape), labels.dtype, identity)
     streamed.write(0, labels)
+    return streamed
+
+
+def decode_sections(channels: Channels, settings: Settings, identity: str, path: Path) -> StreamedVolume:
+    """Sections one by one; those that are finished lie in the scratch folder until the type that holds all ids is known."""
+    depth, height, width = channels.shape
+    files = [scratch_of(path) / f"{identity}-sections" / f"{z}.npy" for z in range(depth)]
+    for z in progress(range(depth), "decoding sections", depth, True):
+        if not files[z].exists():
+            values = channels.read_channels((z, 0, 0), (1, height, width))
+            labels = segment_at(values, settings, (settings.threshold,))[0]
+            write_atomically(files[z], functools.partial(np.save, arr=labels))
+    counts = [int(np.load(file, mmap_mode="r").max(initial=0)) for file in files]
+    dtype = np.dtype(smallest_dtype(sum(counts)))
+    check_target(path, 1, dtype)
+    streamed = open_streamed(path, (1, *channels.shape), dtype, identity)
+    for z, first in enumerate(np.cumsum([0, *counts[:-1]]).tolist()):
+        labels = np.load(files[z]).astype(dtype)
+        labels[labels > 0] += dtype.type(first)
+        streamed.write_box((z, 0, 0), labels)
+    streamed.mark_finished(0, depth)
     return streamed
 
 

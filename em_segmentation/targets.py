@@ -96,7 +96,7 @@ def _affinity(labels: Tensor, annotated: Tensor, settings: "Targets") -> Target:
     if settings.affinity_erosion:
         axes = (2, 3) if settings.boundary_in_plane else (1, 2, 3)
         labels = torch.where(_near_faces(labels, axes, settings.affinity_erosion), 0, labels)
-        annotated = ~_dilated(~annotated, axes, settings.affinity_erosion)  # beside it there may be a face or not
+        annotated = ~_near_unknown(annotated, axes, settings.affinity_erosion)  # there may be a face or not
     shape = (labels.shape[0], len(settings.affinity_offsets), *labels.shape[1:])
     values = torch.zeros(shape, device=labels.device)
     valid = torch.zeros(shape, dtype=torch.bool, device=labels.device)
@@ -121,7 +121,7 @@ def _pairs(n: int, step: int) -> tuple[slice, slice]:
 def _boundary(labels: Tensor, annotated: Tensor, settings: "Targets") -> Target:
     axes = (2, 3) if settings.boundary_in_plane else (1, 2, 3)
     values = _near_faces(labels, axes, settings.boundary_thickness)
-    unknown = _dilated(~annotated, axes, settings.boundary_thickness)  # may lie at a face or not
+    unknown = _near_unknown(annotated, axes, settings.boundary_thickness)  # may lie at a face or not
     return Target(values[:, None].float(), ~unknown[:, None])
 
 
@@ -134,6 +134,20 @@ def _near_faces(labels: Tensor, axes: tuple[int, ...], thickness: int) -> Tensor
         touching.narrow(axis, 0, last).logical_or_(face)
         touching.narrow(axis, 1, last).logical_or_(face)
     return _dilated(touching, axes, thickness - 1)
+
+
+def _near_unknown(annotated: Tensor, axes: tuple[int, ...], thickness: int) -> Tensor:
+    """Voxels (B, z, y, x) within so many steps along the axes of what is not annotated, or of the patch's faces.
+
+    An axis of one voxel has no faces: a section is a picture of its own.
+    """
+    near = _dilated(~annotated, axes, thickness)
+    for axis in axes:
+        n = near.shape[axis]
+        if n > 1:
+            near.narrow(axis, 0, min(thickness, n)).fill_(True)
+            near.narrow(axis, max(0, n - thickness), min(thickness, n)).fill_(True)
+    return near
 
 
 def _dilated(marked: Tensor, axes: tuple[int, ...], times: int) -> Tensor:
@@ -149,15 +163,29 @@ def _dilated(marked: Tensor, axes: tuple[int, ...], times: int) -> Tensor:
 
 
 def _distance(labels: Tensor, annotated: Tensor, scale_nm: float, voxel_size_nm: Size) -> Target:
-    """tanh(signed distance / scale); known where no voxel that is not annotated is as near as the border."""
+    """tanh(signed distance / scale); known where neither the patch's face nor what is not annotated is as near."""
     limit = SATURATED * scale_nm
     seen = torch.where(annotated, labels.clamp(min=0), 0)
     distance = torch.stack([_distance_to_other_ids(ids, voxel_size_nm, limit) for ids in seen])
     values = torch.where(labels > 0, distance, -distance).div(scale_nm).tanh()
-    if bool(annotated.all()):
-        return Target(values[:, None], annotated[:, None])
-    unknown = torch.stack([_distance_to_other_ids(known, voxel_size_nm, limit) for known in annotated])
-    return Target(values[:, None], (annotated & ((distance < unknown) | (unknown >= limit)))[:, None])
+    face = _distance_to_face(labels, voxel_size_nm)  # a border as near as the patch's face is the nearest there can be
+    valid = annotated & ((distance <= face * (1 + 1e-6)) | (face >= limit))  # float32 equals itself
+    if not bool(annotated.all()):  # what is masked was seen as background: a border as near may be no border
+        masked = torch.stack([_distance_to_other_ids(known, voxel_size_nm, limit) for known in annotated])
+        valid &= (distance < masked) | (masked >= limit)
+    return Target(values[:, None], valid[:, None])
+
+
+def _distance_to_face(labels: Tensor, voxel_size_nm: Size) -> Tensor:
+    """Distance of each voxel to the nearest one outside the patch, along axes of several voxels; nm, (z, y, x)."""
+    nearest = torch.full(labels.shape[1:], torch.inf, device=labels.device)
+    for axis, (n, spacing) in enumerate(zip(labels.shape[1:], voxel_size_nm, strict=True)):
+        if n == 1:
+            continue
+        place = torch.arange(n, device=labels.device, dtype=torch.float32)
+        steps = torch.minimum(place, n - 1 - place) + 1
+        nearest = torch.minimum(nearest, (steps * spacing).view([-1 if a == axis else 1 for a in range(3)]))
+    return nearest
 
 
 def _distance_to_other_ids(ids: Tensor, voxel_size_nm: Size, limit: float) -> Tensor:

@@ -111,7 +111,13 @@ def take_step(
 
 def check_hardware(config: Config, device: torch.device) -> None:
     """What only the running processes know: their number and their device must fit the config."""
-    micro_batch_size(config, dist.get_world_size())
+    share = micro_batch_size(config, dist.get_world_size())
+    if share < config.data.batch_size and config.model.architecture == "rsunet" and config.model.norm == "batch":
+        print(
+            f"note: each of {dist.get_world_size()} processes normalises over {share} of {config.data.batch_size} patches; "
+            "training.accumulate_grad_batches as many as processes gives the steps of one",
+            flush=True,
+        )
     if config.system.num_gpus and dist.get_world_size() > config.system.num_gpus and device.type == "cuda":
         raise config_error(
             f"system.num_gpus: {config.system.num_gpus}, but torchrun started {dist.get_world_size()} processes; "

@@ -16,7 +16,7 @@ from common.loading import next_batch
 from common.parallel import all_ranks_do, gather_objects
 from em_segmentation.augmentation import Patch
 from em_segmentation.config import Config, Targets
-from em_segmentation.dataset import PatchList, Volumes, stack, to_device, validation_places
+from em_segmentation.dataset import PatchList, Volumes, stack, to_device, validation_places, validation_size
 from em_segmentation.figures import draw_patch
 from em_segmentation.objective import build_targets, channel_ranges, forward, loss_of
 from em_segmentation.targets import Target
@@ -71,10 +71,11 @@ def check_monitors(config: Config, validated: bool) -> None:
 
 def validation_loader(volumes: Volumes, config: Config) -> DataLoader[Patch | UserError]:
     """This rank's share of the validation patches."""
-    places = validation_places(volumes.val, config.data.patch_size, config.data.val_patches)
+    size = validation_size(volumes.val, config.data.patch_size) if volumes.val else config.data.patch_size
+    places = validation_places(volumes.val, size, config.data.val_patches)
     mine = list(range(dist.get_rank(), len(places), dist.get_world_size()))
     return DataLoader(
-        Subset(PatchList(volumes.val, places, config.data.patch_size), mine),
+        Subset(PatchList(volumes.val, places, size), mine),
         batch_size=1,  # so that no figure depends on how many processes share the patches
         num_workers=config.data.num_workers,
         persistent_workers=config.data.persistent_workers and config.data.num_workers > 0,

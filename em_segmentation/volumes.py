@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from pathlib import Path
 from typing import Literal
@@ -60,7 +61,10 @@ class Annotated:
     def read_labels(self, corner: Triple, size: Triple) -> npt.NDArray[np.int64]:
         """Ids or classes [c, z, y, x] of a box."""
         assert self.label is not None, f"{self.image.path} has no labels"
-        return as_ids(self.label.read_channels(self._at(corner), size))
+        ids = as_ids(self.label.read_channels(self._at(corner), size))
+        if self.label.dtype.kind == "i" and ids.min(initial=0) < 0:
+            raise data_error(f"{self.label.path}: holds the id {ids.min()}; expected ids from 0 (background) on")
+        return ids
 
     def read_annotated(self, corner: Triple, size: Triple) -> npt.NDArray[np.bool_]:
         """Whether a box's voxels [1, z, y, x] are annotated: all, where there is no mask."""
@@ -147,6 +151,24 @@ def measure_scale(image: Volume, sections: tuple[int, int]) -> Scale:
             f"{image.path}: all sampled voxels{where} equal {flat[channel, 0]:g}; expected an image with contrast"
         )
     return Scale(tuple(mean.tolist()), tuple(deviation.tolist()))
+
+
+def overlaps(one: Annotated, other: Annotated) -> bool:
+    """Whether two roles use the same sections of the same volume."""
+    first, second = (dataclasses.replace(each.image, path=each.image.path.resolve()) for each in (one, other))
+    return first == second and max(one.sections[0], other.sections[0]) < min(one.sections[1], other.sections[1])
+
+
+def check_apart(roles: dict[Role, list[Annotated]]) -> None:
+    """A config error where a volume, or some of its sections, serves two roles."""
+    for (role, volumes), (other_role, others) in itertools.combinations(roles.items(), 2):
+        for one, other in itertools.product(volumes, others):
+            if overlaps(one, other):
+                raise config_error(
+                    f"data.{other_role}_image: {other.image.path} (sections {list(other.sections)}) is among what is used "
+                    f"as {role}_image (sections {list(one.sections)}); expected other volumes, or sections apart "
+                    f"(data.{other_role}_sections)"
+                )
 
 
 def expand(names: tuple[str, ...], key: str) -> list[str]:

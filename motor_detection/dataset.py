@@ -32,6 +32,10 @@ class Sample:
     position: Tensor  # (B,) of the run's stream, or the patch's number in validation
     index: Tensor  # (B,) number of the patch file
 
+    def pin_memory(self) -> "Sample":
+        """The batch in memory that a GPU copies from while the host goes on; the loader asks for it."""
+        return Sample(*(getattr(self, field.name).pin_memory() for field in dataclasses.fields(self)))
+
 
 @dataclasses.dataclass(frozen=True)
 class Patches:

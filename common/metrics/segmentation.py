@@ -245,13 +245,19 @@ def mask_score(truth: npt.NDArray[np.bool_], mask: npt.NDArray[np.bool_]) -> Mas
     return MaskScore(2 * both / (both + either), both / either)
 
 
-def boundary_f1(truth: Ids, segmentation: Ids, voxel_size_nm: tuple[float, float, float], tolerance_nm: float) -> float:
+def boundary_f1(
+    truth: Ids,
+    segmentation: Ids,
+    judged: npt.NDArray[np.bool_],
+    voxel_size_nm: tuple[float, float, float],
+    tolerance_nm: float,
+) -> float:
     """F1 of boundary voxels that have a boundary of the other volume within a tolerance; 1 where neither has any.
 
-    A boundary voxel differs from a neighbour across a face. Source: Csurka et al. 2013, "What is a good evaluation
-    measure for semantic segmentation?", in 3D and physical units.
+    A boundary voxel differs from a neighbour across a face; those that are not judged do not count. All of one shape.
+    Source: Csurka et al. 2013, "What is a good evaluation measure for semantic segmentation?", in 3D and physical units.
     """
-    lines = [label_boundaries(truth), label_boundaries(segmentation)]
+    lines = [label_boundaries(truth) & judged, label_boundaries(segmentation) & judged]
     if not lines[0].any() or not lines[1].any():
         return float(lines[0].any() == lines[1].any())
     near = [scipy.ndimage.distance_transform_edt(~line, voxel_size_nm) <= tolerance_nm for line in lines]

@@ -42,7 +42,7 @@ from data.phantoms.em_synapses import add_loose_vesicles, add_membranes, add_syn
 
 __all__ = ["EMPhantom", "simulate_volume", "write_phantom"]
 
-GENERATOR_VERSION = 2  # raised whenever equal settings give other bits, so that stale folders are noticed
+GENERATOR_VERSION = 3  # raised whenever equal settings give other bits, so that stale folders are noticed
 
 Record = dict[str, Any]
 

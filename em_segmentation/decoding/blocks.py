@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import config_error
+from common.files import write_text
 from em_segmentation.decoding.agglomeration import groups_of_pairs
 from em_segmentation.decoding.block_grid import ChannelReader, Grid, Job, LabelWriter
 from em_segmentation.decoding.block_passes import (
@@ -68,6 +69,11 @@ def decode_blocks(
     check_input(reader.num_channels, np.dtype(np.uint8), settings)
     if min(block) < 1:
         raise config_error(f"block: {block} (expected three edges of at least 1 voxel): correct it")
+    z, y, x = reader.shape
+    if settings.largest_height + 1 >= 2**63 // (3 * z * y * x):
+        raise config_error(
+            f"decoding.smoothing: {settings.smoothing} is too wide for {z * y * x:.1e} voxels: smooth less"
+        )
     job = Job(reader, settings, Grid(reader.shape, block), scratch)
     _claim(job)
     blocks = range(len(job.grid))
@@ -102,7 +108,7 @@ def _claim(job: Job) -> None:
     text = json.dumps(told, indent=1)
     if path.exists() and path.read_text() != text:
         raise config_error(f"{job.scratch}: holds blocks of another volume or other settings: name another folder")
-    path.write_text(text)
+    write_text(path, text)
 
 
 def _number_nodes(job: Job) -> None:

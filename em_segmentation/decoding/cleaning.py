@@ -49,18 +49,6 @@ def label_sizes(labels: Ids, num_labels: int) -> Counts:
     return np.bincount(labels.reshape(-1), minlength=num_labels + 1)
 
 
-def in_order_of_appearance(labels: AnyIds) -> Compact:
-    """Ids 1..n in the order of each label's first voxel, 0 stays 0; of the smallest unsigned dtype that holds n."""
-    flat = labels.reshape(-1)
-    changes = np.flatnonzero(np.concatenate([np.ones(min(1, flat.size), np.bool_), flat[1:] != flat[:-1]]))
-    ids, first, number = np.unique(flat[changes], return_index=True, return_inverse=True)
-    order = np.argsort(np.where(ids == 0, -1, first), kind="stable")
-    new = np.empty(len(ids), np.int64)
-    new[order] = np.arange(len(ids)) + (0 if len(ids) and ids[order[0]] == 0 else 1)
-    compact = new[number].astype(smallest_dtype(int(new.max()) if len(new) else 0))
-    return np.repeat(compact, np.diff(changes, append=flat.size)).reshape(labels.shape)
-
-
 def first_voxels(labels: Ids, num_labels: int) -> Counts:
     """The linear index of the first voxel of labels 0..num_labels (num_labels + 1,); 0 where there is none."""
     first = np.zeros(num_labels + 1, np.int64)

@@ -5,11 +5,13 @@ import contextlib
 import importlib
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from common.errors import config_error
+from common.errors import config_error, data_error
+from common.interrupt import ignore_interrupts
 
 Work = Callable[[int], None]
 
@@ -74,8 +76,16 @@ def open_executor(kind: str, workers: int, address: str) -> Iterator[Executor]:
         yield Serial()
     elif kind == "processes":
         context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
-            yield Processes(pool)
+        with concurrent.futures.ProcessPoolExecutor(
+            workers, context, ignore_interrupts, (0,)
+        ) as pool:  # Ctrl-C is for us
+            try:
+                yield Processes(pool)
+            except BrokenProcessPool as error:
+                raise data_error(
+                    "decoding.executor: a process died (out of memory?); what is finished is kept, and the same command "
+                    "with smaller decoding.block_size or fewer decoding.workers continues"
+                ) from error
     else:
         with _dask_client(workers, address) as client:
             yield Dask(client)

@@ -1,12 +1,17 @@
 """How to decode predictions into instances: one frozen, checked table of settings."""
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from common.errors import config_error
 from em_segmentation.decoding.agglomeration import MEAN
 from em_segmentation.decoding.heights import LARGEST_HEIGHT
 from em_segmentation.decoding.links import FULL, STORED_AT, Link, Triple, affinity_links, boundary_links
 from em_segmentation.decoding.watershed import SECTION_AXES, VOLUME_AXES
+
+if TYPE_CHECKING:
+    from em_segmentation.config import Targets
+    from em_segmentation.config_inference import Decoding
 
 CHOICES = {
     "method": ("components", "watershed", "mutex"),
@@ -63,6 +68,18 @@ class Settings:
             wrong.append(f"decoding.smoothing: {self.smoothing} overflows 32 bits (with these heights): smooth less")
         if self.method == "components" and self.min_size > 1 and self.small == "join":
             wrong.append("decoding.small: join (expected remove with method = components): components touch nothing")
+        axes = {"zyx"[axis] for axis in self.axes} - {
+            "zyx"[link.offset.index(1)] for link in self.direct_links if not wrong
+        }
+        if not wrong and axes:
+            wrong.append(
+                f"targets.affinity_offsets: none joins direct neighbours along {', '.join(sorted(axes))}: "
+                "add [1, 0, 0], [0, 1, 0] and [0, 0, 1]"
+            )
+        if self.method == "mutex" and not wrong and not self.repulsive_links:
+            wrong.append(
+                "targets.affinity_offsets: mutex needs offsets of several voxels, which keep objects apart: add some"
+            )
         if wrong:
             raise config_error(*wrong)
 
@@ -111,3 +128,28 @@ class Settings:
     def repulsive_links(self) -> tuple[Link, ...]:
         """Of voxels farther apart."""
         return tuple(link for link in self.links if not link.is_direct)
+
+
+def settings_of(decoding: "Decoding", targets: "Targets", threshold: int) -> Settings:
+    """The settings under a config; a config error for those that are impossible."""
+    return Settings(
+        method=decoding.method,
+        input="affinities" if decoding.target == "affinity" else "boundary",
+        offsets=targets.affinity_offsets,
+        stored_at=targets.affinity_stored_at,
+        foreground=decoding.foreground,
+        neighbours="sections" if decoding.by_section else decoding.neighbours,
+        height=decoding.height,
+        distance_threshold=decoding.distance_threshold,
+        distance_reach=decoding.distance_reach,
+        wall=decoding.wall,
+        smoothing=decoding.smoothing,
+        min_depth=decoding.min_depth,
+        linkage=decoding.linkage,
+        quantile=decoding.quantile,
+        bins=256,
+        threshold=threshold,
+        min_size=decoding.min_size,
+        fill_holes=decoding.fill_holes,
+        small=decoding.small if decoding.method != "components" else "remove",
+    )

@@ -109,7 +109,7 @@ def build_mednext(config: Config, out_channels: int) -> nn.Module:
         size.blocks,
         False,
         model.deep_supervision,
-        model.activation_checkpointing,
+        model.activation_checkpointing or size.checkpointing,
     )
 
 

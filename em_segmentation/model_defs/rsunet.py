@@ -1,7 +1,8 @@
 """A residual symmetric U-Net for affinities and membranes: small, batch-normalised, so that tiles can be exact.
 
 After Lee et al. 2017 (arXiv:1706.00120), with summed skips and, where sections are thick, kernels that stay in plane until
-the levels become isotropic; here two convolutions per module, ReLU, and nearest-neighbour upsampling.
+the levels become isotropic; here two convolutions per module on the way down and one on the way up (as in the residual
+encoders of Isensee et al. 2024, arXiv:2404.09556), ReLU, and nearest-neighbour upsampling.
 """
 
 import torch
@@ -40,6 +41,19 @@ class ResidualModule(nn.Module):
         return nn.functional.relu(x + self.norm2(self.conv2(x)), inplace=True)
 
 
+class MergeModule(nn.Module):
+    """conv-norm beside the identity, relu, after a skip was added: (B, width, z, y, x) -> the same."""
+
+    def __init__(self, width: int, kernel: Triple, norm: NormName) -> None:
+        super().__init__()
+        padding = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
+        self.conv = Conv3d(width, width, kernel, padding=padding, bias=False)
+        self.norm = norm_layer(norm, 3, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.relu(x + self.norm(self.conv(x)), inplace=True)
+
+
 class RSUNet(nn.Module):
     """(B, in, z, y, x) -> (B, out, z, y, x), any size; the last strip of an odd map is pooled by itself.
 
@@ -70,9 +84,7 @@ class RSUNet(nn.Module):
         self.factors: list[Triple] = [(2 if edge == 3 else 1, 2, 2) for edge in kernel_z[:-1]]
         finer = list(range(len(filters) - 1))
         self.raises = nn.ModuleList(Conv3d(filters[level + 1], filters[level], 1, bias=False) for level in finer)
-        self.ups = nn.ModuleList(
-            ResidualModule(filters[level], filters[level], kernels[level], norm) for level in finer
-        )
+        self.ups = nn.ModuleList(MergeModule(filters[level], kernels[level], norm) for level in finer)
         self.head = Conv3d(filters[0], out_channels * folded, 1)
         halo, self.alignment = reach_of(fold, kernels, self.factors)
         self.halo = halo if norm == "batch" else None  # statistics of a group norm come from the whole tile
@@ -94,7 +106,7 @@ def reach_of(fold: Triple, kernels: list[Triple], factors: list[Triple]) -> tupl
     """How far an output looks to either side, and the edge of the coarsest cell, in voxels z, y, x."""
     reach, scale = [edge - 1 for edge in fold], list(fold)
     for level, kernel in enumerate(kernels):
-        convolutions = 2 if level == len(kernels) - 1 else 4  # down and up
+        convolutions = 2 if level == len(kernels) - 1 else 3  # two down, one up
         for axis in range(3):
             reach[axis] += convolutions * (kernel[axis] // 2) * scale[axis]
             if level < len(factors):

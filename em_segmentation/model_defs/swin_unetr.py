@@ -56,7 +56,7 @@ class Windows:
         ]
         z, y, x = torch.meshgrid(*last_along, indexing="ij")
         kinds = (4 * z.long() + 2 * y.long() + x.long()).flatten()  # (windows,)
-        return torch.stack(masks).to(device), torch.where(kinds == 0, -1, kinds)
+        return torch.stack(masks).to(device), torch.where(kinds == 0, -1, kinds).to(device)
 
     def split(self, x: Tensor) -> Tensor:
         """(B, z, y, x, C) -> (B * windows, n, C)."""

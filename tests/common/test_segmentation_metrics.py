@@ -173,10 +173,21 @@ def test_boundary_f1_measures_in_nanometres() -> None:
     truth, section, pixel = (np.zeros((12, 12, 12), int) for _ in range(3))
     truth[6:], section[7:] = 1, 1
     size = (40.0, 4.0, 4.0)
-    assert boundary_f1(truth, truth, size, 1.0) == 1
-    assert boundary_f1(truth, section, size, 39.0) == 0.5 and boundary_f1(truth, section, size, 40.0) == 1
+    everywhere = np.ones(truth.shape, np.bool_)
+    assert boundary_f1(truth, truth, everywhere, size, 1.0) == 1
+    assert (
+        boundary_f1(truth, section, everywhere, size, 39.0) == 0.5
+        and boundary_f1(truth, section, everywhere, size, 40.0) == 1
+    )
     truth[:], pixel[:] = 0, 0
     truth[:, 6:], pixel[:, 7:] = 1, 1
-    assert boundary_f1(truth, pixel, size, 3.9) == 0.5 and boundary_f1(truth, pixel, size, 4.0) == 1
-    nothing = np.zeros((4, 4, 4), int)
-    assert boundary_f1(nothing, nothing, size, 1.0) == 1 and boundary_f1(nothing, truth[:4, 5:9, :4], size, 1.0) == 0
+    assert (
+        boundary_f1(truth, pixel, everywhere, size, 3.9) == 0.5
+        and boundary_f1(truth, pixel, everywhere, size, 4.0) == 1
+    )
+    nothing, something, cube = np.zeros((4, 4, 4), int), truth[:4, 5:9, :4], everywhere[:4, :4, :4]
+    assert boundary_f1(nothing, nothing, cube, size, 1.0) == 1 and boundary_f1(nothing, something, cube, size, 1.0) == 0
+    around = truth.copy()
+    around[:, :6] = 2  # two objects; found as one: nothing of their boundary
+    assert boundary_f1(around, np.ones_like(around), everywhere, size, 50.0) == 0
+    assert boundary_f1(around, around, everywhere & (around == 2), size, 1.0) == 1

@@ -67,7 +67,9 @@ def grey_volume(shape: tuple[int, int, int], seed: int) -> np.ndarray:
 
 
 def image_at(path: Path, shape: tuple[int, int, int], seed: int) -> Volume:
-    np.save(path, grey_volume(shape, seed))
+    """A volume of random grey values; a file that is there stays, as predictions know when theirs was written."""
+    if not path.exists():
+        np.save(path, grey_volume(shape, seed))
     return open_volume(path, "auto")
 
 

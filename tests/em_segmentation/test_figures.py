@@ -54,8 +54,7 @@ def test_kinds_of_errors_by_hand() -> None:
     found = np.array([[[7, 7, 7, 8, 9, 9, 9, 9, 0, 0, 6, 6]]])
     expected = [RIGHT, RIGHT, RIGHT, CUT, RIGHT, RIGHT, RIGHT, MERGED, CUT, CUT, RIGHT, RIGHT]
     kinds = error_kinds(truth, found)
-    assert kinds[0, 0, 8] in (RIGHT, CUT)
-    assert np.delete(kinds[0, 0], [8, 9]).tolist() == np.delete(expected, [8, 9]).tolist()
+    assert kinds[0, 0].tolist() == expected
     crossed = error_kinds(np.array([[[1, 1, 1, 2, 2, 2]]]), np.array([[[5, 5, 6, 5, 6, 6]]]))
     assert crossed.tolist() == [[[RIGHT, RIGHT, BOTH, BOTH, RIGHT, RIGHT]]]
 

@@ -13,8 +13,7 @@ from common.volumes.opening import open_volume
 from common.volumes.streaming import open_streamed
 from common.volumes.volume import Volume
 from em_segmentation.config import PHANTOM, Config
-from em_segmentation.config_inference import Evaluation
-from em_segmentation.judging import Roles, Verdict, check_judged, judge, predict_role
+from em_segmentation.judging import Predictions, Roles, Verdict, check_judged, judge, predict_role
 from em_segmentation.pages import summary, write_pages
 from em_segmentation.prediction import note_of
 from em_segmentation.targets import build_target
@@ -23,7 +22,6 @@ from tests.em_segmentation.small_networks import alone, changed, image_at, rando
 
 SHAPE = (8, 24, 20)
 VOXEL_SIZE = (24.0, 12.0, 12.0)
-SETTINGS = Evaluation(bootstrap_resamples=100)
 PHANTOM_KEYS = ("mitochondria_jaccard", "adapted_rand_error", "voi_split", "voi_merge", "baseline_mitochondria_jaccard",
                 "baseline_adapted_rand_error")  # fmt: skip
 
@@ -64,25 +62,31 @@ def prediction_at(folder: Path, name: str, labels: np.ndarray, noise: float, con
 
 
 def phantom_like() -> Config:
-    return changed(PHANTOM, data={"voxel_size_nm": VOXEL_SIZE}, decoding={"thresholds": (200, 150, 100, 50)})
+    """Affinities and one mask."""
+    return changed(
+        PHANTOM,
+        data={"voxel_size_nm": VOXEL_SIZE},
+        targets={"semantic_classes": 1, "semantic_names": ("mitochondria",), "loss_functions": ()},
+        decoding={"thresholds": (200, 150, 100, 50)},
+    )
 
 
 def judged(folder: Path, config: Config, tests: list[np.ndarray], vals: list[np.ndarray], noise: float) -> Verdict:
     """judge() on volumes of these labels with predictions of these labels."""
     roles: Roles = {"val": [], "test": []}
-    predictions: dict[str, list[Volume]] = {"val": [], "test": []}
+    predictions: Predictions = {"val": [], "test": []}
     for role, labels_of_role in (("val", vals), ("test", tests)):
         for number, labels in enumerate(labels_of_role):
             roles[role].append(volume_at(folder, f"{role}_{number}", labels))
             predictions[role].append(prediction_at(folder, f"{role}_{number}", labels, noise, config))
-    verdict = judge(roles, predictions, config, SETTINGS, folder)
+    verdict = judge(roles, predictions, quick(config), folder)
     json.dumps(verdict.figures, allow_nan=False)
-    assert summary(verdict, changed_evaluation(config))
+    assert summary(verdict, quick(config))
     return verdict
 
 
-def changed_evaluation(config: Config) -> Config:
-    return changed(config, evaluation={"bootstrap_resamples": SETTINGS.bootstrap_resamples})
+def quick(config: Config) -> Config:
+    return changed(config, evaluation={"bootstrap_resamples": 100})
 
 
 def test_a_good_prediction_is_judged_good(tmp_path: Path) -> None:
@@ -114,7 +118,7 @@ def test_the_chosen_thresholds_never_look_at_the_test_volumes(tmp_path: Path) ->
         folder = tmp_path / str(number)
         folder.mkdir()
         found = judged(folder, phantom_like(), tests, [true_labels(1)], 0.25)
-        words = (found.figures["baseline_semantic"], found.figures["baseline_instances"])
+        words = (found.figures["baseline_mitochondria"], found.figures["baseline_instances"])
         chosen.append((found.figures["semantic_threshold"], found.figures["instance_threshold"], found.curves, words))
     assert chosen[0] == chosen[1] == chosen[2]
 
@@ -133,7 +137,7 @@ def test_without_validation_volumes_the_configs_thresholds_hold(tmp_path: Path) 
     assert found.curves == []
     assert found.figures["instance_threshold"] == 77 / 255
     assert "semantic_threshold" not in found.figures
-    assert found.figures["baseline_semantic"] == "Otsu threshold of the raw image, dark side"
+    assert found.figures["baseline_mitochondria"] == "Otsu threshold of the raw image, dark side"
     assert set(PHANTOM_KEYS) <= found.figures.keys()
 
 
@@ -174,15 +178,19 @@ def test_several_classes(tmp_path: Path) -> None:
     labels[1] += labels[1] * (labels[0] % 2)  # classes 0, 1, 2
     np.save(tmp_path / "p.npy", np.eye(3, dtype=np.uint8)[labels[1]].transpose(3, 0, 1, 2) * 200)
     roles = {"val": [], "test": [volume_at(tmp_path, "test", labels)]}
-    found = judge(roles, {"val": [], "test": [open_volume(tmp_path / "p.npy", "czyx")]}, config, SETTINGS, tmp_path)
+    found = judge(roles, {"val": [], "test": [open_volume(tmp_path / "p.npy", "czyx")]}, quick(config), tmp_path)
     assert found.figures["membrane_jaccard"] == found.figures["vesicle_jaccard"] == 1
     assert found.figures["chance_vesicle_jaccard"] == pytest.approx((labels[1] == 2).mean())
     assert found.instances is None
     labels[1, 0, 0, 0] = 300
     strange = volume_at(tmp_path, "strange", labels)
     with pytest.raises(UserError, match=r"strange_labels\.npy: holds the classes 0 to 300; expected 0 to 2") as caught:
-        judge({"val": [], "test": [strange]}, {"val": [], "test": [open_volume(tmp_path / "p.npy", "czyx")]}, config,
-              SETTINGS, tmp_path)  # fmt: skip
+        judge(
+            {"val": [], "test": [strange]},
+            {"val": [], "test": [open_volume(tmp_path / "p.npy", "czyx")]},
+            quick(config),
+            tmp_path,
+        )
     assert caught.value.exit_code == 1
 
 
@@ -225,7 +233,7 @@ def test_predictions_of_a_role_replace_unfinished_ones_of_other_settings(tmp_pat
 def test_pages_hold_all_pictures(tmp_path: Path) -> None:
     found = judged(tmp_path, phantom_like(), [true_labels(0)], [true_labels(1)], 0.2)
     volume = volume_at(tmp_path, "test_0", true_labels(0))
-    write_pages(found, [volume], phantom_like(), SETTINGS, tmp_path)
+    write_pages(found, [volume], quick(phantom_like()), tmp_path)
     assert {p.name for p in (tmp_path / "figures").iterdir()} == {"overlay.png", "errors.png", "thresholds.png"}
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/png") == 3

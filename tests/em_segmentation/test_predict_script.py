@@ -82,6 +82,7 @@ def test_the_same_call_again_recognises_what_is_finished(folder: Path, capsys: p
 
 def test_another_threshold_makes_other_instances_of_the_same_probabilities(folder: Path) -> None:
     words = [f"--output={folder / 'p.npy'}", f"--instances={folder / 'ids.npy'}", "decoding.target=affinity"]
+    words += ["decoding.min_depth=0", "decoding.smoothing=[0,0,0]"]
     call(folder, *words, "decoding.threshold=250")
     written = (folder / "p.npy").stat().st_mtime_ns
     first = np.load(folder / "ids.npy")

@@ -24,12 +24,12 @@ from common.volumes.volume import Volume
 from em_segmentation import prediction as module
 from em_segmentation.config import Config
 from em_segmentation.decoding.pipeline import segment_at
+from em_segmentation.decoding.settings import settings_of
 from em_segmentation.inference import predicted_planes
 from em_segmentation.prediction import (
     Channels,
     Source,
     decoded_channels,
-    decoding_settings,
     discard,
     forget_others,
     instances_identity,
@@ -371,7 +371,7 @@ def test_instances_open_again_in_every_format(tmp_path: Path, name: str) -> None
     config = changed(small_config(), targets={"names": ("boundary",), "weights": (1.0,), "label_channels": (0,)},
                      decoding={"target": "boundary"})  # fmt: skip
     prediction = blobs(tmp_path / "p.npy", 1, (5, 40, 37))
-    plain = segment_at(whole(prediction), decoding_settings(config.decoding, config.targets, 100), (100,))[0]
+    plain = segment_at(whole(prediction), settings_of(config.decoding, config.targets, 100), (100,))[0]
     found = write_instances(prediction, config, 100, VOXEL_SIZE, "it", tmp_path / name)
     assert found.shape == (5, 40, 37)
     assert found.dtype == plain.dtype
@@ -410,7 +410,7 @@ def test_sections_by_themselves(tmp_path: Path) -> None:
     config = changed(small_config(), targets={"names": ("boundary",), "weights": (1.0,), "label_channels": (0,)},
                      decoding={"target": "boundary", "by_section": True})  # fmt: skip
     prediction = blobs(tmp_path / "p.npy", 1, (4, 30, 31))
-    settings = decoding_settings(config.decoding, config.targets, 128)
+    settings = settings_of(config.decoding, config.targets, 128)
     found = segment_sections(whole(prediction), settings, (200, 128), config.decoding)
     for labels, threshold in zip(found, (200, 128), strict=True):
         seen: set[int] = set()
