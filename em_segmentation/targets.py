@@ -169,7 +169,7 @@ def _distance(labels: Tensor, annotated: Tensor, scale_nm: float, voxel_size_nm:
     distance = torch.stack([_distance_to_other_ids(ids, voxel_size_nm, limit) for ids in seen])
     values = torch.where(labels > 0, distance, -distance).div(scale_nm).tanh()
     face = _distance_to_face(labels, voxel_size_nm)  # a border as near as the patch's face is the nearest there can be
-    valid = annotated & ((distance <= face * (1 + 1e-6)) | (face >= limit))  # float32 equals itself
+    valid = annotated & ((distance <= face * (1 + 1e-6)) | (face >= limit))  # but for rounding
     if not bool(annotated.all()):  # what is masked was seen as background: a border as near may be no border
         masked = torch.stack([_distance_to_other_ids(known, voxel_size_nm, limit) for known in annotated])
         valid &= (distance < masked) | (masked >= limit)
