@@ -93,7 +93,7 @@ def test(config: Config, folder: Path, checkpoint: Path | None) -> int:
             check_same_run(trained, config, best)
         resolved = resolve(config)
         roles: dict[Role, list[Annotated]] = {role: open_role(resolved.data, role) for role in ("val", "test")}
-        check_apart(roles | {"train": trained_on(trained, resolved)})
+        check_apart({"train": trained_on(trained, resolved), **roles})
         known = dataclasses.replace(
             trained,
             inference=config.inference,

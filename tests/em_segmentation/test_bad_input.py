@@ -81,6 +81,7 @@ def test_a_yaml_that_is_none_is_told(volumes: Path, tmp_path: Path, capsys: pyte
         ("checkpoint.monitor=val_acc", ("checkpoint.monitor", "val_loss, val_dice")),
         ("training.precision=16-mixed", ("training.precision", "GPUs only")),
         ("targets.label_channels=[0,3]", ("targets.label_channels", "at least 4")),
+        ("data.val_sections=[0,3]", ("data.patch_size", "val_0_image.npy", "[3, 22, 34]")),
     ],
 )
 def test_a_config_that_does_not_fit_its_volumes(
@@ -91,6 +92,44 @@ def test_a_config_that_does_not_fit_its_volumes(
     lines = problems(volumes, tmp_path, capsys, code, change.replace("{0}", place))
     expect(lines, *(part.replace("{0}", place) for part in parts))
     assert not (tmp_path / "runs" / "run").exists(), "nothing was begun"
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ("decoding.smoothing=[8,8,8]", ("decoding.smoothing", "overflows 32 bits")),
+        ("decoding.method=mutex", ("targets.affinity_offsets", "mutex needs offsets of several voxels")),
+        ("targets.affinity_offsets=[[0,1,0],[0,0,1]]", ("targets.affinity_offsets", "direct neighbours along z")),
+        (
+            "inference.tta=all targets.affinity_offsets=[[1,0,0],[0,1,0],[0,0,1],[0,0,3]]",
+            ("inference.tta", "[0, 0, 3]"),
+        ),
+    ],
+)
+def test_what_only_prediction_would_meet_is_told_before_training(
+    volumes: Path, tmp_path: Path, change: str, parts: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = problems(volumes, tmp_path, capsys, WRONG_CALL, "decoding.target=affinity", *change.split())
+    expect(lines, *parts)
+
+
+def test_one_volume_in_two_roles_is_told(volumes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = (
+        f"data.val_{kind}={volumes}/train_1_{file}.npy" for kind, file in (("image", "image"), ("label", "labels"))
+    )
+    expect(
+        problems(volumes, tmp_path, capsys, WRONG_CALL, *words), "data.val_image", "train_1_image.npy", "as train_image"
+    )
+
+
+def test_negative_ids_are_told_with_their_file(
+    volumes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = np.load(volumes / "val_0_labels.npy").astype(np.int32)
+    labels[2, 3, 4] = -1
+    np.save(tmp_path / "negative.npy", labels)
+    lines = problems(volumes, tmp_path, capsys, BAD_DATA, f"data.val_label={tmp_path}/negative.npy")
+    expect(lines, "negative.npy", "holds the id -1")
 
 
 def test_truncated_and_foreign_files_are_told(

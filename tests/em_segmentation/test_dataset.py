@@ -24,6 +24,7 @@ from em_segmentation.dataset import (
     patch_stream,
     stack,
     validation_places,
+    validation_size,
 )
 from tests.em_segmentation.small_runs import SHAPES, changed, small_config, write_volumes
 
@@ -210,6 +211,15 @@ def test_validation_places_cover_the_volumes_or_are_spread_over_them(small: Conf
     assert len(few) == 4 and set(few) < set(places) and {number for number, _ in few} == {0, 1}
     assert few[0] == places[0] and few[-1] == places[-1]
     assert validation_places(volumes, size, 1) == [places[0]] and validation_places([], size, 4) == []
+
+
+def test_validation_patches_shrink_to_small_volumes_in_steps_that_a_network_takes(small: Config) -> None:
+    volumes = open_volumes(small).val  # (13, 22, 34)
+    assert validation_size(volumes, (8, 16, 16)) == (8, 16, 16)
+    assert validation_size(volumes, (24, 48, 20)) == (8, 16, 20)  # multiples of 8, 16 and 4
+    assert open_volumes(changed(small, "data.val_sections=[0,9]")).val[0].shape[0] == 9
+    with pytest.raises(UserError, match="data.patch_size"):
+        open_volumes(changed(small, "data.val_sections=[0,7]"))
 
 
 def test_validation_patches_are_the_volume_at_their_places(small: Config) -> None:

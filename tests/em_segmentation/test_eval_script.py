@@ -1,13 +1,14 @@
 """eval.py: a run measured from its command line, and bad calls."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from common.config import as_yaml
+from common.config import as_yaml, configure
 from common.errors import UserError
 from em_segmentation import eval as script
 from em_segmentation.config import Config
@@ -88,3 +89,43 @@ def test_bad_calls_are_told(folder: Path, words: list[str], expected: str) -> No
     assert caught.value.exit_code == 2
     assert expected in caught.value.problems[0]
     assert not (folder / "runs/run/results/metrics.json").exists()
+
+
+def test_the_confidence_that_was_asked_for_is_told_and_reported(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(folder, "evaluation.confidence=0.5") == 0
+    said = capsys.readouterr().out
+    assert "50% interval" in said and "95% interval" not in said
+    report = (folder / "runs/run/report.html").read_text()
+    assert "confidence: 0.5" in report and str(folder / "test.npy") in report
+
+
+def test_processors_are_those_of_the_command_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    threads = torch.get_num_threads()
+    try:
+        assert call(folder, "system.num_gpus=0", "system.num_cpus=1") == 0
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("role", ["train", "val"])
+def test_what_was_learnt_from_is_not_judged(folder: Path, role: str) -> None:
+    image, label = (f"data.{role}_{kind}={folder}/test{end}.npy" for kind, end in (("image", ""), ("label", "_labels")))
+    config = configure(config_of(folder), [], [image, label])
+    write_checkpoint(config, folder / "runs/run/checkpoints/best.pt", 0)
+    with pytest.raises(UserError, match=r"test_image: .*test\.npy .*is among what is used as") as caught:
+        call(folder, image, label)
+    assert caught.value.exit_code == 2
+
+
+def test_a_run_with_nothing_to_judge_is_told(folder: Path) -> None:
+    config = configure(
+        config_of(folder), [], ["targets.names=[affinity]", "targets.weights=[1]", "targets.label_channels=[0]"]
+    )
+    write_checkpoint(config, folder / "runs/run/checkpoints/best.pt", 0)
+    words = ["targets.names=[affinity]", "targets.weights=[1]", "targets.label_channels=[0]", "decoding.target=none"]
+    with pytest.raises(UserError, match="nothing to judge"):
+        call(folder, *words)

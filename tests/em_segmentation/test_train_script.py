@@ -4,6 +4,7 @@ import ast
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -13,9 +14,11 @@ from common.errors import WRONG_CALL
 from common.logbook import read_metrics
 from data.phantoms.em_settings import FAULTS
 from em_segmentation import train
+from em_segmentation import volumes as volumes_module
 from em_segmentation.config import BASE, PRESETS, Config
+from em_segmentation.dataset import open_volumes, validation_size
 from em_segmentation.inference import load_model
-from em_segmentation.model_defs.registry import get_architecture_builder
+from em_segmentation.model_defs.registry import build_model, get_architecture_builder
 from em_segmentation.validation import check_monitors
 from tests.common_runs import ROOT, said
 from tests.em_segmentation.small_runs import changed, saved, small_config, write_volumes
@@ -195,6 +198,23 @@ def test_known_defect_1_every_preset_and_tutorial_refers_to_what_exists(capsys: 
         check_references(configure(PRESETS[preset], [path], []))
     for config in PRESETS.values():
         check_references(config)
+
+
+@pytest.mark.parametrize("name", ["lucchi", "mednext_lucchi", "mednext_custom"])
+def test_tutorials_fit_the_volumes_that_they_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sparse files of the size of Lucchi's: 165 sections, of which the last 32 are for validation."""
+    monkeypatch.setattr(volumes_module, "READ_WHOLE", 1)
+    for kind in ("image", "label"):
+        voxels = np.lib.format.open_memmap(tmp_path / f"{kind}.npy", "w+", np.uint8, (165, 768, 1024))
+        voxels[:, 384, 512] = 200
+    paths = [f"data.{role}_{kind}={tmp_path}/{kind}.npy" for role in ("train", "val") for kind in ("image", "label")]
+    tutorial = ROOT / "em_segmentation" / "tutorials" / f"{name}.yaml"
+    config = configure(BASE, [tutorial], [*paths, "data.use_cache=false"])
+    opened = open_volumes(config)
+    assert opened.train[0].sections[1] + 10 == opened.val[0].sections[0]
+    size = validation_size(opened.val, config.data.patch_size)
+    assert size == (32, *config.data.patch_size[1:])
+    build_model(dataclasses.replace(config, data=dataclasses.replace(config.data, patch_size=size)))
 
 
 def check_references(config: Config) -> None:
