@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -275,7 +276,8 @@ def test_cut_short_while_finishing_it_is_finished_again(
 
         def counting(kind: str) -> Any:
             def call(self: Path, target: Path) -> Path:
-                if next(calls) == cut:  # noqa: B023
+                ours = threading.current_thread() is threading.main_thread()  # zarr's threads would go on after it
+                if ours and next(calls) == cut:  # noqa: B023
                     raise Killed
                 return renames[kind](self, target)
 
