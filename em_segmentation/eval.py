@@ -36,7 +36,7 @@ from em_segmentation.model_defs.registry import SegmentationModel
 from em_segmentation.pages import summary, write_pages
 from em_segmentation.places import resolve, run_folder, training_identity
 from em_segmentation.train import use_processor
-from em_segmentation.volumes import Annotated, Role, check_apart, open_role
+from em_segmentation.volumes import Annotated, Role, check_apart, matching, open_role
 
 
 def check_same_run(trained: Config, config: Config, path: Path) -> None:
@@ -62,12 +62,13 @@ def check_together(known: Config, roles: dict[Role, list[Annotated]]) -> None:
 
 
 def trained_on(trained: Config, resolved: Config) -> list[Annotated]:
-    """The volumes that the weights were trained on, as far as they are still there; those of a phantom are never judged."""
+    """The images that the weights were trained on, as far as they are still there; a note tells of the others."""
     data = trained.data if trained.data.source == "files" else resolved.data
-    there = [name for name in data.train_image if "*" in name or split_location(name)[0].exists()]
+    there = tuple(name for name in data.train_image if matching(split_location(name)[0]))
     if len(there) < len(data.train_image):
-        return []
-    return open_role(data, "train")
+        lost = next(name for name in data.train_image if name not in there)
+        print(f"note: {lost} was trained on and is not here, so it may be among what is judged", flush=True)
+    return open_role(dataclasses.replace(data, train_image=there, train_label=(), train_mask=()), "train")
 
 
 def with_judged(trained: Data, judged: Data) -> Data:

@@ -112,7 +112,8 @@ def take_step(
 def check_hardware(config: Config, device: torch.device) -> None:
     """What only the running processes know: their number and their device must fit the config."""
     share = micro_batch_size(config, dist.get_world_size())
-    if share < config.data.batch_size and config.model.architecture == "rsunet" and config.model.norm == "batch":
+    normalises = config.model.architecture == "rsunet" and config.model.norm == "batch"
+    if normalises and share < config.data.batch_size and dist.get_rank() == 0:
         print(
             f"note: each of {dist.get_world_size()} processes normalises over {share} of {config.data.batch_size} patches; "
             "training.accumulate_grad_batches as many as processes gives the steps of one",

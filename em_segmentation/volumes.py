@@ -22,6 +22,7 @@ Triple = tuple[int, int, int]
 VoxelSize = tuple[float, float, float]
 SAMPLED_SECTIONS = 32  # spread evenly over z, whose middle is looked at for the grey scale
 SAMPLED_EDGE = 512  # voxels, of that middle
+SLAB = 2**24  # voxels read at once
 READ_WHOLE = 2**27  # voxels; larger volumes are told apart by the sampled boxes
 LARGEST_ID = 2**63 - 1  # of the integers that torch computes with
 
@@ -171,6 +172,13 @@ def check_apart(roles: dict[Role, list[Annotated]]) -> None:
                 )
 
 
+def matching(path: Path) -> list[Path]:
+    """The files and folders that a path, perhaps with *, stands for, in natural order; none where there are none."""
+    if "*" not in str(path):
+        return [path] if path.exists() else []
+    return sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))), key=lambda p: natural_key(str(p)))
+
+
 def expand(names: tuple[str, ...], key: str) -> list[str]:
     """The locations that names with * stand for, in natural order."""
     found: list[str] = []
@@ -179,7 +187,7 @@ def expand(names: tuple[str, ...], key: str) -> list[str]:
             found.append(name)
             continue
         path, inside = split_location(name)
-        matches = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))), key=lambda p: natural_key(str(p)))
+        matches = matching(path)
         if not matches:
             raise config_error(f"data.{key}: {name} matches nothing; expected files or folders by that pattern")
         found += (f"{match}:{inside}" if inside else str(match) for match in matches)
@@ -241,12 +249,17 @@ def digest(volumes: list[Annotated]) -> str:
         found.update(
             json.dumps([one.shape, one.sections, one.voxel_size_nm, one.scale.mean, one.scale.deviation]).encode()
         )
+        first, last = one.sections
         _, y, x = one.image.shape
         is_small = one.shape[0] * y * x <= READ_WHOLE
-        sections = [(z, 0, 0) for z in range(*one.sections)]
-        corners, size = (sections, (1, y, x)) if is_small else sampled_boxes(one.image.shape, one.sections)
+        if is_small:  # in slabs, so that few chunks of a compressed file are read twice
+            thick = max(1, SLAB // (y * x))
+            boxes = [((z, 0, 0), (min(thick, last - z), y, x)) for z in range(first, last, thick)]
+        else:
+            corners, edges = sampled_boxes(one.image.shape, one.sections)
+            boxes = [(corner, edges) for corner in corners]
         for volume in (one.label, one.mask, one.image if is_small else None):
-            for corner in corners if volume is not None else []:
+            for corner, size in boxes if volume is not None else []:
                 assert volume is not None
                 voxels = volume.read_channels(corner, size)
                 found.update(np.ascontiguousarray(voxels if volume is one.image else as_ids(voxels)).tobytes())

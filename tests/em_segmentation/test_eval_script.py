@@ -121,6 +121,19 @@ def test_what_was_learnt_from_is_not_judged(folder: Path, role: str) -> None:
     assert caught.value.exit_code == 2
 
 
+def test_training_volumes_that_are_gone_are_told_and_the_others_still_count(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        f"data.train_image=[{folder}/gone.npy, {folder}/test.npy]",
+        f"data.train_label=[{folder}/a.npy, {folder}/b.npy]",
+    ]
+    write_checkpoint(configure(config_of(folder), [], words), folder / "runs/run/checkpoints/best.pt", 0)
+    with pytest.raises(UserError, match="used as train_image|is among what is used"):
+        call(folder, *words)
+    assert "gone.npy was trained on and is not here" in capsys.readouterr().out
+
+
 def test_a_run_with_nothing_to_judge_is_told(folder: Path) -> None:
     config = configure(
         config_of(folder), [], ["targets.names=[affinity]", "targets.weights=[1]", "targets.label_channels=[0]"]
