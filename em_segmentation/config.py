@@ -322,6 +322,11 @@ class Config:
             yield "decoding.method: the pieces of a semantic class are components; expected decoding.method=components"
         if needed in ("boundary", "semantic") and decoding.method == "mutex":
             yield "decoding.method: mutex needs affinities; expected decoding.target=affinity"
+        bodies, classes = decoding.whole_bodies, list(range(1, targets.semantic_classes))
+        if bodies and (
+            "semantic" not in targets.names or not set(bodies) <= set(classes) or len(set(bodies)) < len(bodies)
+        ):
+            yield f"decoding.whole_bodies: expected different classes of the semantic target's {classes}, got {list(bodies)}"
         yield from self._impossible_decoding()
 
     def _impossible_decoding(self) -> Iterator[str]:

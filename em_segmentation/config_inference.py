@@ -46,6 +46,8 @@ class Decoding:
     min_size: int = 0  # voxels; smaller objects are removed or joined
     small: Literal["remove", "join"] = "join"
     fill_holes: bool = False  # background that a single object encloses becomes part of it
+    class_threshold: int = 128  # 0..255, of a single semantic class; eval.py chooses on validation
+    whole_bodies: tuple[int, ...] = ()  # semantic classes whose touching voxels get the one that most of them speak for
     by_section: bool = False  # every section is a picture of its own, objects are 2D
     block_size: Triple = (128, 512, 512)  # voxels decoded at once; larger volumes go block by block
     executor: Literal["serial", "processes", "dask"] = "serial"  # where blocks are worked on
@@ -53,7 +55,7 @@ class Decoding:
     dask_address: str = ""  # of a running scheduler, tcp://host:port; empty: local processes
 
     def problems(self) -> Iterator[str]:
-        bytes_ = ("threshold", "thresholds", "foreground", "distance_threshold", "wall", "min_depth")
+        bytes_ = ("threshold", "class_threshold", "thresholds", "foreground", "distance_threshold", "wall", "min_depth")
         limits: dict[str, tuple[float, float]] = dict.fromkeys(bytes_, (0, 255))
         yield from outside(self, limits | {"distance_reach": (1, 1000), "smoothing": (0, 8), "quantile": (0, 100)})
         yield from outside(self, {"min_size": (0, 10**9), "block_size": (8, 8192), "workers": (1, 1024)})

@@ -16,6 +16,7 @@ from common.errors import config_error, data_error
 from common.files import file_digest, read_text
 from common.logbook import progress
 from common.volumes.volume import Volume
+from em_segmentation.class_maps import classes_identity, write_classes
 from em_segmentation.config import Config
 from em_segmentation.config_inference import Evaluation
 from em_segmentation.decoding.settings import Settings, settings_of
@@ -111,7 +112,7 @@ def judge(roles: Roles, predictions: Predictions, config: Config, folder: Path) 
         {"test_volumes": len(roles["test"]), "validation_volumes": len(roles["val"])}, [], None, None
     )  # fmt: skip
     if "semantic" in config.targets.names:
-        verdict = judge_semantic(verdict, roles, predictions, config)
+        verdict = judge_semantic(verdict, roles, predictions, config, folder)
     if config.decoding.target != "none":
         verdict = judge_instances(verdict, roles, predictions, config, folder)
     return verdict
@@ -150,10 +151,10 @@ def semantic_truth(volume: Annotated, config: Config) -> npt.NDArray[np.uint8]:
     return labels.astype(np.uint8)
 
 
-def judge_semantic(verdict: Verdict, roles: Roles, predictions: Predictions, config: Config) -> Verdict:
+def judge_semantic(verdict: Verdict, roles: Roles, predictions: Predictions, config: Config, folder: Path) -> Verdict:
     """Adds Jaccard index and Dice of each class, the Jaccard index with its interval and beside Otsu's threshold."""
-    channels, targets = written_channels(config.targets)["semantic"], config.targets
-    figures, curves, threshold = dict(verdict.figures), list(verdict.curves), MIDDLE
+    targets, threshold = config.targets, config.decoding.class_threshold
+    figures, curves = dict(verdict.figures), list(verdict.curves)
     if targets.semantic_classes == 1 and roles["val"]:
         values = mask_curve(roles["val"], predictions["val"], config)
         threshold = best_mask_threshold(values)
@@ -163,9 +164,10 @@ def judge_semantic(verdict: Verdict, roles: Roles, predictions: Predictions, con
         figures["semantic_threshold"] = threshold / 255
     counts: dict[str, list[npt.NDArray[np.int64]]] = {name: [] for name in targets.semantic_names}
     classes, judged = None, 0
-    for volume, prediction in zip(roles["test"], predictions["test"], strict=True):
-        values = whole(prediction)[channels]
-        found = (values[0] >= threshold).astype(np.uint8) if len(values) == 1 else values.argmax(0).astype(np.uint8)
+    for index, (volume, prediction) in enumerate(zip(roles["test"], predictions["test"], strict=True)):
+        path, made_from = folder / f"test_{index}_classes.npy", read_text(note_of(prediction.path))
+        forget_others(path, classes_identity(config, threshold, made_from))
+        found = whole(write_classes(prediction, config, threshold, volume.voxel_size_nm, made_from, path))[0]
         truth, known = semantic_truth(volume, config), annotated_of(volume)
         for number, name in enumerate(targets.semantic_names, 1):
             counts[name].append(mask_counts(truth == number, found == number, known))

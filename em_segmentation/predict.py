@@ -2,12 +2,12 @@
 
 python em_segmentation/predict.py --checkpoint best.pt --input volume.h5:raw --output prediction.h5
 python em_segmentation/predict.py --checkpoint best.pt --input stack/ --instances cells.zarr decoding.target=affinity
-python em_segmentation/predict.py --checkpoint best.pt --input a.npy --output p.npy inference.tta=flips_in_plane
+python em_segmentation/predict.py --checkpoint best.pt --input a.npy --classes mitochondria.tif inference.tta=flips_in_plane
 torchrun --nproc-per-node 4 em_segmentation/predict.py --checkpoint best.pt --input big.zarr --output prediction.zarr
 
---input: .npy, .h5:key, .zarr:key, .tif, or a folder of slices. --output (uint8, channels as printed) and --instances (ids
-from 1) are .npy, .h5, .zarr, .tif or a folder of PNG. Memory is bounded by tiles and blocks, not by the volume; the same
-command continues a killed one. Processes under torchrun share the planes.
+--input: .npy, .h5:key, .zarr:key, .tif, or a folder of slices. --output (uint8, channels as printed), --instances (ids
+from 1) and --classes (of the semantic target) are .npy, .h5, .zarr, .tif or a folder of PNG. Memory is bounded by tiles
+and blocks, not by the volume; the same command continues a killed one. Processes under torchrun share the planes.
 """
 
 import sys
@@ -38,6 +38,7 @@ from common.volumes.finishing import check_target
 from common.volumes.opening import open_volume
 from common.volumes.streaming import partial_folder
 from common.volumes.volume import Volume
+from em_segmentation.class_maps import classes_identity, discard_bodies, write_classes
 from em_segmentation.config import BASE, Config
 from em_segmentation.inference import load_model, rounding_cost, working_copy, written_channels
 from em_segmentation.model_defs.registry import SegmentationModel
@@ -72,14 +73,22 @@ def checked_config(trained: Config, flags: argparse.Namespace) -> Config:
 
 def check_call(flags: argparse.Namespace, config: Config) -> None:
     """A config error for flags that make no sense together."""
-    if flags.input is None or (flags.output is None and flags.instances is None):
-        raise config_error("--input and at least one of --output and --instances are needed; --help lists the flags")
-    if flags.output is not None and flags.instances is not None and flags.output.resolve() == flags.instances.resolve():
-        raise config_error(f"--output, --instances: both are {flags.output}; expected two names")
+    named = [target.resolve() for target in targets_of(flags)]
+    if flags.input is None or not named:
+        raise config_error("--input and at least one of --output, --instances and --classes are needed; see --help")
+    if len(set(named)) < len(named):
+        raise config_error("--output, --instances, --classes: two are the same file; expected different names")
     if flags.instances is not None and config.decoding.target == "none":
         raise config_error(
             "--instances: decoding.target is none; expected one of targets.names, for example decoding.target=affinity"
         )
+    if flags.classes is not None and "semantic" not in config.targets.names:
+        raise config_error(f"--classes: needs semantic among targets.names, got {list(config.targets.names)}")
+
+
+def targets_of(flags: argparse.Namespace) -> list[Path]:
+    """The files that are wanted."""
+    return [target for target in (flags.output, flags.instances, flags.classes) if target is not None]
 
 
 def input_voxel_size(image: Volume, config: Config, trained: Config) -> VoxelSize:
@@ -105,13 +114,16 @@ def check_outputs(flags: argparse.Namespace, image: Volume, config: Config) -> N
     if flags.instances is not None:
         kind = np.uint32 if flags.instances.suffix else np.uint16  # what slices of PNG can hold
         check_target(flags.instances, 1, np.dtype(kind))
+    if flags.classes is not None:
+        check_target(flags.classes, 1, np.dtype(np.uint8))
 
 
 def probabilities_path(flags: argparse.Namespace) -> Path:
-    """--output, or a file beside --instances that goes when they are done."""
+    """--output, or a file beside what is made of it, which goes when that is done."""
     if flags.output is not None:
         return Path(flags.output)
-    return Path(flags.instances).with_name(f".{Path(flags.instances).name}.probabilities.npy")
+    made = targets_of(flags)[0]
+    return made.with_name(f".{made.name}.probabilities.npy")
 
 
 def predict(flags: argparse.Namespace, model: SegmentationModel, trained: Config, config: Config) -> None:
@@ -128,7 +140,7 @@ def predict(flags: argparse.Namespace, model: SegmentationModel, trained: Config
             config = dataclasses.replace(config, data=learnt)
             if flags.fresh:
                 first_rank_does(lambda: start_over(flags, path))
-            is_done = all_ranks_do(lambda: has_instances(flags, source, config))
+            is_done = all_ranks_do(lambda: not unmade(flags, source, config) and flags.output is None)
             if not is_done:
                 first_rank_does(lambda: tell(model, source, config))
                 write_prediction(working_copy(model, config.inference.precision), source, config, path)
@@ -139,9 +151,8 @@ def predict(flags: argparse.Namespace, model: SegmentationModel, trained: Config
 
 def hold(held: ExitStack, flags: argparse.Namespace, path: Path) -> None:
     """Lock the outputs until the stack is closed."""
-    for target in (path, flags.instances):
-        if target is not None:
-            held.enter_context(exclusive(partial_folder(target)))
+    for target in {path, *targets_of(flags)}:
+        held.enter_context(exclusive(partial_folder(target)))
 
 
 def source_of(image: Volume, flags: argparse.Namespace, config: Config, trained: Config) -> Source:
@@ -151,31 +162,40 @@ def source_of(image: Volume, flags: argparse.Namespace, config: Config, trained:
     return Source(image, measure_scale(image, sections), sections, voxel_size, file_digest(flags.checkpoint))
 
 
-def has_instances(flags: argparse.Namespace, source: Source, config: Config) -> bool:
-    """Whether instances are all that is wanted, and there; a config error where --instances is another's file."""
-    if flags.instances is None:
-        return False
-    identity = instances_identity(config, config.decoding.threshold, source.identity(config))
-    return is_finished(flags.instances, identity) and flags.output is None
+def unmade(flags: argparse.Namespace, source: Source, config: Config) -> list[Path]:
+    """Which of --instances and --classes are still to be made; a config error where one is another's file."""
+    made_from, decoding = source.identity(config), config.decoding
+    left = []
+    if flags.instances is not None and not is_finished(
+        flags.instances, instances_identity(config, decoding.threshold, made_from)
+    ):
+        left.append(flags.instances)
+    if flags.classes is not None and not is_finished(
+        flags.classes, classes_identity(config, decoding.class_threshold, made_from)
+    ):
+        left.append(flags.classes)
+    return left
 
 
 def finish_files(flags: argparse.Namespace, source: Source, config: Config, path: Path) -> None:
-    """Instances, where they are wanted; a prediction that only they were made of is taken away."""
-    made_from = source.identity(config)
-    if flags.instances is not None and not has_instances(flags, source, config):
-        found, threshold = open_volume(path, "auto"), config.decoding.threshold
-        write_instances(found, config, threshold, source.voxel_size_nm, made_from, flags.instances)
+    """Instances and classes, where they are wanted; a prediction that only they were made of is taken away."""
+    made_from, decoding = source.identity(config), config.decoding
+    left, size = unmade(flags, source, config), source.voxel_size_nm
+    if flags.instances in left:
+        write_instances(open_volume(path, "auto"), config, decoding.threshold, size, made_from, flags.instances)
+    if flags.classes in left:
+        write_classes(open_volume(path, "auto"), config, decoding.class_threshold, size, made_from, flags.classes)
     if flags.output is None:
         path.unlink(missing_ok=True)
         note_of(path).unlink(missing_ok=True)
-    print(*(target for target in (flags.output, flags.instances) if target is not None), sep="\n")
+    print(*targets_of(flags), sep="\n")
 
 
 def start_over(flags: argparse.Namespace, path: Path) -> None:
     """Drop what unfinished calls left."""
-    for target in (path, flags.instances):
-        if target is not None:
-            discard(target)
+    for target in (path, *targets_of(flags)):
+        discard(target)
+        discard_bodies(target)
 
 
 def tell(model: SegmentationModel, source: Source, config: Config) -> None:
@@ -195,6 +215,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--input", metavar="VOLUME", help="file, file.h5:key, file.zarr:key or folder")
     parser.add_argument("--output", type=Path, metavar="FILE", help="probabilities, uint8")
     parser.add_argument("--instances", type=Path, metavar="FILE", help="instances as decoding.target says")
+    parser.add_argument("--classes", type=Path, metavar="FILE", help="classes of the semantic target, uint8")
     parser.add_argument("--fresh", action="store_true", help="drop what an unfinished call of other settings left")
     flags = parser.parse_intermixed_args(arguments)
     model, trained = load_model(flags.checkpoint, torch.device("cpu"))

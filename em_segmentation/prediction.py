@@ -36,6 +36,7 @@ from common.volumes.streaming import (
 from common.volumes.volume import Volume
 from em_segmentation.config import Config
 from em_segmentation.config_inference import Decoding
+from em_segmentation.decoding.block_grid import ChannelReader
 from em_segmentation.decoding.blocks import decode_blocks, write_decoded
 from em_segmentation.decoding.cleaning import smallest_dtype
 from em_segmentation.decoding.executors import open_executor
@@ -224,10 +225,8 @@ def write_instances(
         channels = decoded_channels(prediction, config)
         if config.decoding.by_section:
             streamed = decode_sections(channels, settings, identity, path)
-        elif np.prod(prediction.shape) <= np.prod(config.decoding.block_size):
-            streamed = decode_whole(channels, settings, identity, path)
         else:
-            streamed = decode_by_blocks(channels, settings, config.decoding, identity, path)
+            streamed = decode(channels, settings, config.decoding, identity, path)
         finish(streamed, voxel_size_nm)
         shutil.rmtree(scratch_of(path), ignore_errors=True)
     return open_volume(path, "auto")
@@ -252,7 +251,16 @@ def numbered_on(sections: list[npt.NDArray[np.unsignedinteger]]) -> npt.NDArray[
     return numbered
 
 
-def decode_whole(channels: Channels, settings: Settings, identity: str, path: Path) -> StreamedVolume:
+def decode(
+    channels: ChannelReader, settings: Settings, decoding: Decoding, identity: str, path: Path
+) -> StreamedVolume:
+    """The instances of a volume, at once or block by block, in the unfinished output of a path."""
+    if np.prod(channels.shape) <= np.prod(decoding.block_size):
+        return decode_whole(channels, settings, identity, path)
+    return decode_by_blocks(channels, settings, decoding, identity, path)
+
+
+def decode_whole(channels: ChannelReader, settings: Settings, identity: str, path: Path) -> StreamedVolume:
     labels = segment_at(whole(channels), settings, (settings.threshold,))[0]
     check_target(path, 1, labels.dtype)  # PNG holds no more than 65535 ids
     streamed = open_streamed(path, (1, *channels.shape), labels.dtype, identity)
@@ -287,7 +295,7 @@ def scratch_of(path: Path) -> Path:
 
 
 def decode_by_blocks(
-    channels: Channels, settings: Settings, decoding: Decoding, identity: str, path: Path
+    channels: ChannelReader, settings: Settings, decoding: Decoding, identity: str, path: Path
 ) -> StreamedVolume:
     edges = "x".join(map(str, decoding.block_size))
     scratch = scratch_of(path) / f"{identity}-{edges}"
@@ -300,7 +308,7 @@ def decode_by_blocks(
     return streamed
 
 
-def whole(volume: Volume | Channels) -> npt.NDArray[Any]:
+def whole(volume: Volume | ChannelReader) -> npt.NDArray[Any]:
     """A volume [c, z, y, x] in memory."""
     voxels: npt.NDArray[Any] = volume.read_channels((0, 0, 0), volume.shape)
     return voxels

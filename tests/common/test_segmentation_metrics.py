@@ -64,6 +64,8 @@ def test_blocks_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     assert as_dict(count_overlaps(truth, found)) == whole
     monkeypatch.setattr(segmentation, "SMALL_IDS", 1)
     assert as_dict(count_overlaps(truth, found)) == whole
+    monkeypatch.setattr(segmentation, "SMALL_TABLE", 0)
+    assert as_dict(count_overlaps(truth, found)) == whole
 
 
 @pytest.mark.parametrize(

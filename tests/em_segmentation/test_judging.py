@@ -67,7 +67,7 @@ def phantom_like() -> Config:
         PHANTOM,
         data={"voxel_size_nm": VOXEL_SIZE},
         targets={"semantic_classes": 1, "semantic_names": ("mitochondria",), "loss_functions": ()},
-        decoding={"thresholds": (200, 150, 100, 50)},
+        decoding={"thresholds": (200, 150, 100, 50), "whole_bodies": ()},
     )
 
 
@@ -177,6 +177,7 @@ def test_several_classes(tmp_path: Path) -> None:
     labels = true_labels(0)
     labels[1] += labels[1] * (labels[0] % 2)  # classes 0, 1, 2
     np.save(tmp_path / "p.npy", np.eye(3, dtype=np.uint8)[labels[1]].transpose(3, 0, 1, 2) * 200)
+    note_of(tmp_path / "p.npy").write_text("made from it")
     roles = {"val": [], "test": [volume_at(tmp_path, "test", labels)]}
     found = judge(roles, {"val": [], "test": [open_volume(tmp_path / "p.npy", "czyx")]}, quick(config), tmp_path)
     assert found.figures["membrane_jaccard"] == found.figures["vesicle_jaccard"] == 1

@@ -91,6 +91,16 @@ def test_another_threshold_makes_other_instances_of_the_same_probabilities(folde
     assert first.max() > np.load(folder / "ids.npy").max()
 
 
+def test_classes_with_and_without_the_probabilities(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output, classes = folder / "p.npy", folder / "mask.npy"
+    for words in ([f"--output={output}"], [f"--instances={folder / 'ids.npy'}", "decoding.target=affinity"], []):
+        assert call(folder, *words, f"--classes={classes}", "decoding.class_threshold=140") == 0
+        assert capsys.readouterr().out.splitlines()[-1] == str(classes)
+        assert not list(folder.glob(".*.probabilities.npy"))
+        assert np.array_equal(np.load(classes), np.load(output)[3] >= 140)
+        classes.unlink()
+
+
 def test_instances_as_png_slices(folder: Path) -> None:
     call(folder, f"--instances={folder / 'ids'}", "decoding.target=affinity")
     assert len(list((folder / "ids").glob("slice_*.png"))) == SHAPE[0]
@@ -134,13 +144,13 @@ def test_axes_and_voxel_size_of_the_input_may_be_told(folder: Path, capsys: pyte
         (["--output={f}/p.npy", "--checkpoint={f}/image.npy"], 1, "image.npy: not a"),
         (["--output={f}/p.npy", "--input={f}/none.npy"], 2, "none.npy: no such file or folder"),
         (["--output={f}/p.npy", "--input={f}/best.pt"], 2, "unknown kind of volume '.pt'"),
-        ([], 2, "--input and at least one of --output and --instances are needed"),
+        ([], 2, "--input and at least one of --output, --instances and --classes are needed"),
         (["--output={f}/p.xyz"], 2, "cannot write '.xyz'"),
         (["--output={f}/slices"], 2, "PNG slices hold no 4 channels of uint8"),
         (["--output={f}/image.npy"], 2, "image.npy: exists and was not made by this program"),
         (["--output={f}/p.npy", "--instances={f}/image.npy", "decoding.target=affinity"], 2,
          "image.npy: exists and was not made by this program"),
-        (["--output={f}/p.npy", "--instances={f}/p.npy", "decoding.target=affinity"], 2, "both are"),
+        (["--output={f}/p.npy", "--instances={f}/p.npy", "decoding.target=affinity"], 2, "two are the same file"),
         (["--instances={f}/ids.npy"], 2, "--instances: decoding.target is none"),
         (["--instances={f}/ids.npy", "decoding.target=boundary"], 2, "decoding.target: boundary"),
         (["--output={f}/p.npy", "model.filters=[3,4,6]"], 2, "after training only inference, decoding"),

@@ -1,0 +1,138 @@
+"""Class maps: every voxel by itself, or bodies as wholes, the same block by block; continued and recognised."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.ndimage
+
+from common.errors import UserError
+from common.volumes.opening import open_volume
+from em_segmentation import class_maps as module
+from em_segmentation.class_maps import bodies_of, classes_identity, write_classes
+from em_segmentation.config import Config
+from em_segmentation.prediction import note_of, whole
+from tests.em_segmentation.small_networks import changed, small_config
+
+SHAPE = (20, 23, 19)
+VOXEL_SIZE = (24.0, 12.0, 12.0)
+
+
+def config_of(num_classes: int, **decoding: object) -> Config:
+    """Three affinities and so many classes."""
+    names = tuple(f"class {number}" for number in range(1, max(num_classes, 2)))
+    targets = {"semantic_classes": num_classes, "semantic_names": names}
+    return changed(small_config(), targets=targets, decoding=decoding)
+
+
+def prediction_at(folder: Path, classes: np.ndarray) -> np.ndarray:
+    """A file of three affinities and these probabilities [k, z, y, x] uint8."""
+    affinities = np.full((3, *classes.shape[1:]), 77, np.uint8)
+    np.save(folder / "p.npy", np.concatenate([affinities, classes]))
+    return classes
+
+
+def written(folder: Path, config: Config, threshold: int) -> np.ndarray:
+    found = write_classes(open_volume(folder / "p.npy", "czyx"), config, threshold, VOXEL_SIZE, "it", folder / "c.npy")
+    assert found.dtype == np.uint8 and found.voxel_size_nm in (None, VOXEL_SIZE)
+    left = {path.name for path in folder.iterdir()}
+    assert left == {"p.npy", "c.npy", note_of(folder / "c.npy").name}
+    return np.asarray(whole(found)[0])
+
+
+def random_classes(num_classes: int, seed: int) -> np.ndarray:
+    """Smooth random probabilities."""
+    noise = np.random.default_rng(seed).standard_normal((num_classes, *SHAPE))
+    smooth = scipy.ndimage.gaussian_filter(noise, (0, 1.2, 1.2, 1.2))
+    return np.clip(128 + 60 * smooth / smooth.std(), 0, 255).astype(np.uint8)
+
+
+def by_definition(values: np.ndarray, bodies: tuple[int, ...]) -> np.ndarray:
+    """Body by body in a loop; single voxels keep their class, which is what they speak for."""
+    classes = values.argmax(0)
+    pieces, count = scipy.ndimage.label(np.isin(classes, bodies))
+    for number in range(1, count + 1):
+        inside = pieces == number
+        classes[inside] = bodies[int(np.argmax([values[b][inside].sum(dtype=np.int64) for b in bodies]))]
+    return classes
+
+
+def test_a_single_class_is_what_reaches_the_threshold(tmp_path: Path) -> None:
+    values = prediction_at(tmp_path, random_classes(1, 0))
+    assert np.array_equal(written(tmp_path, config_of(1), 100), values[0] >= 100)
+    assert np.array_equal(written(tmp_path, config_of(1), 150), values[0] >= 150), "made anew for another threshold"
+
+
+def test_several_classes_are_the_likeliest(tmp_path: Path) -> None:
+    values = prediction_at(tmp_path, random_classes(4, 1))
+    assert np.array_equal(written(tmp_path, config_of(4), 128), values.argmax(0))
+
+
+@pytest.mark.parametrize("bodies", [(1, 3), (3, 1), (1, 2, 3), (2,)])
+@pytest.mark.parametrize("block", [(128, 512, 512), (8, 9, 10)])
+def test_a_body_is_of_one_class(
+    tmp_path: Path, bodies: tuple[int, ...], block: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "VALUES", 5000)  # three planes at once
+    values = prediction_at(tmp_path, random_classes(4, 2))
+    expected = by_definition(values, bodies)
+    assert len(bodies) == 1 or (expected != values.argmax(0)).any(), "the case must have mixed bodies"
+    found = written(tmp_path, config_of(4, whole_bodies=bodies, block_size=block), 128)
+    assert np.array_equal(found, expected)
+
+
+def test_no_body_at_all(tmp_path: Path) -> None:
+    values = np.zeros((3, *SHAPE), np.uint8)
+    values[0] = 255
+    prediction_at(tmp_path, values)
+    assert not written(tmp_path, config_of(3, whole_bodies=(1, 2)), 128).any()
+
+
+def test_a_killed_call_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At every write, also of the bodies' ids; what other settings left of the bodies is no obstacle."""
+    monkeypatch.setattr(module, "VALUES", 5000)
+    values = prediction_at(tmp_path, random_classes(4, 3))
+    config = config_of(4, whole_bodies=(1, 3), block_size=(8, 9, 10))
+    for calls in (0, 1, 3):
+        with monkeypatch.context() as patched:
+            left = [calls]
+            original = module.StreamedVolume.write
+
+            def dying(self: module.StreamedVolume, first: int, planes: np.ndarray) -> None:
+                if left[0] == 0:
+                    raise KeyboardInterrupt
+                left[0] -= 1
+                original(self, first, planes)
+
+            patched.setattr(module.StreamedVolume, "write", dying)
+            with pytest.raises(KeyboardInterrupt):
+                written(tmp_path, config, 128)
+    assert bodies_of(tmp_path / "c.npy").with_name(f".{bodies_of(tmp_path / 'c.npy').name}.partial").exists()
+    assert np.array_equal(written(tmp_path, config, 128), by_definition(values, (1, 3)))
+
+
+def test_what_a_class_map_is_made_from() -> None:
+    config = config_of(4)
+    first = classes_identity(config, 128, "it")
+    assert first == classes_identity(changed(config, decoding={"threshold": 3}), 128, "it")
+    others = [classes_identity(config, 127, "it"), classes_identity(config, 128, "another"),
+              classes_identity(changed(config, decoding={"whole_bodies": (1, 2)}), 128, "it")]  # fmt: skip
+    assert len({first, *others}) == 4
+
+
+@pytest.mark.parametrize("bodies", [(0, 1), (1, 1), (4,), (-1, 2)])
+def test_bodies_that_are_no_classes_are_told(bodies: tuple[int, ...]) -> None:
+    assert [line for line in config_of(4, whole_bodies=bodies).problems() if "whole_bodies" in line]
+
+
+def test_bodies_need_a_semantic_target() -> None:
+    targets = {"names": ("affinity",), "weights": (1.0,), "label_channels": (0,)}
+    config = changed(small_config(), targets=targets, decoding={"whole_bodies": (1,)})
+    assert [line for line in config.problems() if "whole_bodies" in line]
+
+
+def test_another_file_is_not_written_over(tmp_path: Path) -> None:
+    prediction_at(tmp_path, random_classes(1, 0))
+    np.save(tmp_path / "c.npy", np.zeros(3))
+    with pytest.raises(UserError, match="was not made by this program"):
+        written(tmp_path, config_of(1), 128)
