@@ -2,7 +2,8 @@
 
 MONAI: windows of 96^3, overlap 0.5, float32, its defaults otherwise. Ours: larger windows with a quarter of overlap,
 Gaussian weights, bfloat16, channels last. Both masks are compared with the one of the untiled float32 network, which
-instance norm sees whole. Ours is the median of three rounds. Two threads; run alone for figures: python -m pytest -m slow tests/benchmarks/test_em_inference.py -s
+instance norm sees whole. Ours is the median of three rounds. Two threads; run alone for figures:
+python -m pytest -m slow tests/benchmarks/test_em_inference.py -s
 """
 
 import copy

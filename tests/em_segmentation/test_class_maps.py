@@ -8,8 +8,9 @@ import scipy.ndimage
 
 from common.errors import UserError
 from common.volumes.opening import open_volume
+from common.volumes.streaming import StreamedVolume, discard_streamed
 from em_segmentation import class_maps as module
-from em_segmentation.class_maps import bodies_of, classes_identity, write_classes
+from em_segmentation.class_maps import classes_identity, write_classes
 from em_segmentation.config import Config
 from em_segmentation.prediction import note_of, whole
 from tests.em_segmentation.small_networks import changed, small_config
@@ -88,27 +89,30 @@ def test_no_body_at_all(tmp_path: Path) -> None:
     assert not written(tmp_path, config_of(3, whole_bodies=(1, 2)), 128).any()
 
 
-def test_a_killed_call_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At every write, also of the bodies' ids; what other settings left of the bodies is no obstacle."""
+@pytest.mark.parametrize("step", ["write", "write_box", "finish"])
+@pytest.mark.parametrize("calls", [0, 2])
+def test_a_killed_call_is_continued(tmp_path: Path, step: str, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While bodies are found or classes written; bodies that other settings left are no obstacle."""
     monkeypatch.setattr(module, "VALUES", 5000)
     values = prediction_at(tmp_path, random_classes(4, 3))
     config = config_of(4, whole_bodies=(1, 3), block_size=(8, 9, 10))
-    for calls in (0, 1, 3):
-        with monkeypatch.context() as patched:
-            left = [calls]
-            original = module.StreamedVolume.write
+    original, left = getattr(StreamedVolume, step), [calls if step != "finish" else 0]
 
-            def dying(self: module.StreamedVolume, first: int, planes: np.ndarray) -> None:
-                if left[0] == 0:
-                    raise KeyboardInterrupt
-                left[0] -= 1
-                original(self, first, planes)
+    def dying(self: StreamedVolume, *arguments: object) -> None:
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        original(self, *arguments)
 
-            patched.setattr(module.StreamedVolume, "write", dying)
-            with pytest.raises(KeyboardInterrupt):
-                written(tmp_path, config, 128)
-    assert bodies_of(tmp_path / "c.npy").with_name(f".{bodies_of(tmp_path / 'c.npy').name}.partial").exists()
-    assert np.array_equal(written(tmp_path, config, 128), by_definition(values, (1, 3)))
+    with monkeypatch.context() as patched:
+        patched.setattr(StreamedVolume, step, dying)
+        with pytest.raises(KeyboardInterrupt):
+            written(tmp_path, config, 128)
+    assert (tmp_path / ".c.npy.partial").exists()
+    if step == "write_box":
+        discard_streamed(tmp_path / "c.npy")  # as eval.py does for its own files
+        config = config_of(4, whole_bodies=(1, 2), block_size=(8, 9, 10))
+    assert np.array_equal(written(tmp_path, config, 128), by_definition(values, config.decoding.whole_bodies))
 
 
 def test_what_a_class_map_is_made_from() -> None:
