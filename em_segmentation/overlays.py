@@ -23,6 +23,7 @@ PANEL = 2.9  # inches, width of an overlay's panel
 GAP = 0.06  # inches between panels
 VIEWS = 9.0  # inches of two views beside each other
 LEAST_STRIP = 1.7  # inches, of a view from the side
+LEAST_ROW = 0.5  # inches, of a row of an overlay: holds its name
 GROUND = {"facecolor": "black", "edgecolor": "none", "alpha": 0.6, "pad": 2}  # behind words in a picture
 Image = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.unsignedinteger[Any]] | npt.NDArray[np.signedinteger[Any]]
@@ -61,8 +62,8 @@ def planes_of(shape: tuple[int, ...]) -> list[Plane]:
     every = slice(None)
     return [
         Plane(f"section z = {z}", (z, every, every), 1, 2),
-        Plane(f"plane y = {y}", (every, y, every), 0, 2),
-        Plane(f"plane x = {x}", (every, every, x), 0, 1),
+        Plane(f"y = {y}", (every, y, every), 0, 2),
+        Plane(f"x = {x}", (every, every, x), 0, 1),
     ]
 
 
@@ -137,7 +138,8 @@ def draw_overlay(shown: Shown, path: Path) -> None:
     A found object has the colour of the true one that it shares most voxels with, or grey; lines part objects.
     """
     layers, planes = layers_of(shown), planes_of(shown.image.shape)
-    heights = [PANEL * min(2.0, shown.extent_nm(plane.down) / shown.extent_nm(plane.across)) for plane in planes]
+    ratios = [min(2.0, shown.extent_nm(plane.down) / shown.extent_nm(plane.across)) for plane in planes]
+    heights = [max(LEAST_ROW, PANEL * ratio) for ratio in ratios]
     columns, total = 1 + len(layers), sum(heights) + GAP * (len(planes) - 1)
     wide, high = columns * (PANEL + GAP) + 0.3, total + 0.8
     figure, axes = plt.subplots(len(planes), columns, figsize=(wide, high), squeeze=False, height_ratios=heights)
@@ -152,7 +154,7 @@ def draw_overlay(shown: Shown, path: Path) -> None:
                 over(panel, outlined(thinned(labels[plane.index]), size, colours, 0.4), shown, plane)
             if row == 0:
                 panel.set_title(layers[column - 1][0] if column else "image")
-        axes[row, 0].set_ylabel(plane.words)
+        axes[row, 0].set_ylabel(plane.words, fontsize=8)
         scale_bar(axes[row, 0], shown.extent_nm(plane.across))
     if shown.true_classes is not None:
         swatches = [Swatch(color=class_colour(k), label=name) for k, name in enumerate(shown.class_names, 1)]
