@@ -15,7 +15,7 @@ from data.phantoms.em_grid import Box, Float, Grid, Points, Warp, box_shape, ref
 Ids = npt.NDArray[np.int32]
 
 SPLINTER_NODES = 90  # pieces of fewer nodes vanish from the plan
-REGION, BLOCK = (12, 18, 18), (6, 9, 9)  # cells between nodes whose curves are gathered, and worked on, at once
+REGION, BLOCK = (12, 18, 18), (6, 6, 6)  # cells between nodes whose curves are gathered, and worked on, at once
 STEEPEST = 0.5  # smallest slope by which a difference of distances is divided
 
 
