@@ -20,7 +20,7 @@ from em_segmentation.model_defs.swin_unetr import SwinUNETR, swin_unetr_key
 from em_segmentation.model_defs.unetr import UNETR, unetr_key
 from em_segmentation.model_defs.unets import BasicUNet3d, ResidualUNet3d, basic_unet_key, residual_unet_key
 
-ROUNDS = 4
+ROUNDS = 6  # the first two make the memory warm
 FILTERS = (32, 64, 128, 256, 512)
 Case = tuple[Callable[[Any], nn.Module], Callable[[], nn.Module], Callable[[str], str | None], int]
 
@@ -105,5 +105,5 @@ def test_training_is_faster_than_the_reference(name: str) -> None:
     reference, float32, default = best_seconds(CASES[name], nets)
     print(f"\n{name:16} {CASES[name][3]}^3  reference {reference:6.2f} s  float32 {float32:6.2f} s "
           f"({float32 / reference:.2f})  bfloat16 {default:6.2f} s ({default / reference:.2f})")  # fmt: skip
-    assert float32 / reference <= 1.05  # wanted: 1.0; unet is 1 to 4 % over it, all others below
+    assert float32 / reference <= 1.0
     assert default / reference <= 0.6
