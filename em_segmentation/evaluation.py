@@ -249,8 +249,11 @@ def interval_over_pieces(statistic: Callable[[Counts], float], n: int, settings:
 
 
 def boundary_figure(
-    truth: Truth, found: Found, voxel_size_nm: tuple[float, float, float], settings: Evaluation
+    truth: Truth, found: Found, voxel_size_nm: tuple[float, float, float], by_section: bool, settings: Evaluation
 ) -> float:
-    """Boundary F1 of one volume, where there are true objects."""
-    inside = truth.judged & (truth.ids > 0)
-    return boundary_f1(truth.ids, found, inside, voxel_size_nm, settings.boundary_tolerance_nm)
+    """Boundary F1 of one volume, where there are true objects; by_section: the mean of its sections, each by itself."""
+    inside, tolerance = truth.judged & (truth.ids > 0), settings.boundary_tolerance_nm
+    if not by_section:
+        return boundary_f1(truth.ids, found, inside, voxel_size_nm, tolerance)
+    sections = [slice(z, z + 1) for z in range(len(found))]
+    return float(np.mean([boundary_f1(truth.ids[z], found[z], inside[z], voxel_size_nm, tolerance) for z in sections]))

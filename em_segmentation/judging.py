@@ -265,7 +265,7 @@ def judge_instances(verdict: Verdict, roles: Roles, predictions: Predictions, co
         truth = instance_truth(volume, config)
         tables.append(overlap_pieces(truth, found))
         joined.append(overlap_pieces(truth, np.ones_like(found)))
-        boundaries.append(boundary_figure(truth, found, volume.voxel_size_nm, settings))
+        boundaries.append(boundary_figure(truth, found, volume.voxel_size_nm, config.decoding.by_section, settings))
         instances = found if instances is None else instances
     interval = interval_of_rand(tables, settings)
     figures = verdict.figures | {

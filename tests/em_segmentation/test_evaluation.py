@@ -153,7 +153,7 @@ def test_a_perfect_segmentation() -> None:
     assert figures["voi_merge"] == pytest.approx(0, abs=1e-12)
     assert figures["average_precision_50"] == figures["average_precision_90"] == figures["v_rand"] == 1
     assert figures["num_true_objects"] == figures["num_objects"] == 3
-    assert boundary_figure(everywhere(ids), ids * 7, (1, 1, 1), SETTINGS) == 1
+    assert boundary_figure(everywhere(ids), ids * 7, (1, 1, 1), False, SETTINGS) == 1
 
 
 def test_two_halves_found_as_one_and_one_found_as_two() -> None:
@@ -230,7 +230,7 @@ def test_volumes_without_true_objects_or_of_one_voxel(truth: np.ndarray) -> None
         assert all(np.isfinite(value) for value in values.values())
         interval = interval_of_rand(tables, SETTINGS)
         assert np.isfinite([interval.low, interval.estimate, interval.high]).all()
-        assert np.isfinite(boundary_figure(everywhere(truth), found, (1, 1, 1), SETTINGS))
+        assert np.isfinite(boundary_figure(everywhere(truth), found, (1, 1, 1), False, SETTINGS))
 
 
 def test_nothing_annotated_at_all() -> None:
@@ -280,4 +280,14 @@ def test_boundaries_are_compared_where_there_is_truth() -> None:
         found = np.roll(truth, shift, 2)
         found[:, :, :shift] = 1
         settings = dataclasses.replace(SETTINGS, boundary_tolerance_nm=1.0)
-        assert boundary_figure(everywhere(truth), found, (1, 1, 1), settings) == pytest.approx(expected)
+        assert boundary_figure(everywhere(truth), found, (1, 1, 1), False, settings) == pytest.approx(expected)
+
+
+def test_boundaries_of_sections_that_are_pictures_of_their_own() -> None:
+    """Ids of the next section are others, which is no boundary; one of two sections is found."""
+    truth = halves((2, 8, 8)) + 10 * np.arange(2)[:, None, None]
+    found = truth.copy()
+    found[1] = 11
+    settings = dataclasses.replace(SETTINGS, boundary_tolerance_nm=0.5)
+    assert boundary_figure(everywhere(truth), found, (1, 1, 1), False, settings) == 1
+    assert boundary_figure(everywhere(truth), found, (1, 1, 1), True, settings) == pytest.approx(0.5)
