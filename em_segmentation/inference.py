@@ -6,7 +6,7 @@ Memory: exact tiles hold one row of them as bytes; blended windows hold the sums
 import copy
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +21,11 @@ from common.tiling import Box, balanced_tile, blended_planes, exact_tiles, windo
 from common.volumes.volume import Volume
 from em_segmentation.config import BASE, Config, Targets
 from em_segmentation.model_defs.registry import KIND, SegmentationModel, build_model
+from em_segmentation.model_defs.rsunet import MergeModule, ResidualModule
 from em_segmentation.model_defs.unetr import UNETR
 from em_segmentation.objective import channel_ranges
-from em_segmentation.turns import averaged, turns_of
+from em_segmentation.regions import Region, everywhere
+from em_segmentation.turns import PartNetwork, averaged, turns_of
 from em_segmentation.volumes import Scale, normalised
 
 Triple = tuple[int, int, int]
@@ -41,8 +43,12 @@ def load_model(path: Path, device: torch.device) -> tuple[SegmentationModel, Con
 
 
 def working_copy(model: SegmentationModel, precision: str) -> SegmentationModel:
-    """The model in the precision it runs fastest in; in bfloat16 all weights are rounded to 8 bits of mantissa."""
-    return copy.deepcopy(model).to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    """The model as it runs fastest: norms in the convolutions, and in bfloat16 weights of 8 bits of mantissa."""
+    fast = copy.deepcopy(model)
+    for module in fast.modules():
+        if isinstance(module, ResidualModule | MergeModule):
+            module.absorb_norms()
+    return fast.to(torch.bfloat16 if precision == "bf16" else torch.float32)
 
 
 def written_channels(settings: Targets) -> dict[str, slice]:
@@ -80,13 +86,12 @@ def as_probabilities(logits: Tensor, settings: Targets) -> Tensor:
     return torch.cat(parts, 1)
 
 
-def probability_network(model: SegmentationModel, config: Config) -> Callable[[Tensor], Tensor]:
-    """The model as a function from normalised voxels (1, c, z, y, x) to probabilities, averaged over turns."""
+def probability_network(model: SegmentationModel, config: Config) -> PartNetwork:
+    """The model as a function from normalised voxels (1, c, z, y, x) to a region's probabilities, averaged over turns."""
     dtype = next(model.parameters()).dtype
 
-    def network(x: Tensor) -> Tensor:
-        logits = model(x.to(dtype).contiguous(memory_format=torch.channels_last_3d))
-        assert isinstance(logits, Tensor), "Expected a model in eval mode"
+    def network(x: Tensor, region: Region) -> Tensor:
+        logits = model.part(x.to(dtype).contiguous(memory_format=torch.channels_last_3d), region)
         return as_probabilities(logits, config.targets)
 
     settings = config.targets
@@ -180,7 +185,7 @@ def exact_planes(
             continue
         output = torch.empty(0, dtype=torch.uint8)
         for tile in row:
-            found = as_bytes(network(read(tile.read))[0][(slice(None), *tile.keep)], image.path)
+            found = as_bytes(network(read(tile.read), tile.keep)[0], image.path)
             if output.dim() == 1:
                 output = found.new_empty(len(found), found.shape[1], *shape[1:])
             output[(slice(None), slice(None), *tile.write[1:])] = found
@@ -225,7 +230,9 @@ def window_planes(
     window = window_of(model, config)
     shape = (max(image.shape[0], window[0]), max(image.shape[1], window[1]), max(image.shape[2], window[2]))
     network, read = probability_network(model, config), Reader(image, scale, device_of(model), shape)
-    for first, part in blended_planes(network, read, shape, window, 1, config.inference.overlap, planes):
+    for first, part in blended_planes(
+        lambda x: network(x, everywhere(x)), read, shape, window, 1, config.inference.overlap, planes
+    ):
         yield first, as_bytes(part, image.path)
 
 
@@ -238,4 +245,5 @@ def rounding_cost(model: SegmentationModel, image: Volume, scale: Scale, config:
     voxels = Reader(image, scale, device_of(model), last)((first, last))
     plain = dataclasses.replace(config, inference=dataclasses.replace(config.inference, tta="none"))
     fast = working_copy(model, config.inference.precision)
-    return float((probability_network(fast, plain)(voxels) - probability_network(model, plain)(voxels)).abs().max())
+    rounded, exact = (probability_network(one, plain)(voxels, everywhere(voxels)) for one in (fast, model))
+    return float((rounded - exact).abs().max())

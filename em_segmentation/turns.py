@@ -12,8 +12,9 @@ from collections.abc import Callable
 from torch import Tensor
 
 from common.errors import config_error
+from em_segmentation.regions import Region, Triple, seen_from, widened
 
-Triple = tuple[int, int, int]
+PartNetwork = Callable[[Tensor, Region], Tensor]  # (1, c, z, y, x) -> the output (1, C, ...) in a region
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,17 @@ class Turn:
         """What the network said (..., z, y, x), in the tile's own axes."""
         x = x.flip(self._axes()) if any(self.flips) else x
         return x.transpose(-1, -2) if self.swapped else x
+
+    def see_region(self, region: Region, shape: Triple) -> Region:
+        """Where a region of a tile of this shape (z, y, x) lies in the seen tile."""
+        parts, sizes = list(region), list(shape)
+        if self.swapped:
+            parts[1:], sizes[1:] = parts[:0:-1], sizes[:0:-1]
+        z, y, x = (
+            slice(n - part.stop, n - part.start) if flip else part
+            for part, n, flip in zip(parts, sizes, self.flips, strict=True)
+        )
+        return z, y, x
 
     def offset_back(self, offset: Triple) -> Triple:
         """The offset in the tile's own axes that an offset in the seen tile is."""
@@ -72,25 +84,25 @@ def affinity_moves(turn: Turn, offsets: tuple[Triple, ...], stored_at: str) -> l
 
 
 def averaged(
-    network: Callable[[Tensor], Tensor],
-    turns: list[Turn],
-    affinities: slice,
-    offsets: tuple[Triple, ...],
-    stored_at: str,
-) -> Callable[[Tensor], Tensor]:
-    """A network (1, c, z, y, x) -> (1, C, z, y, x) of probabilities as its mean over turns, the first of them none.
+    network: PartNetwork, turns: list[Turn], affinities: slice, offsets: tuple[Triple, ...], stored_at: str
+) -> PartNetwork:
+    """A network of probabilities as its mean over turns, the first of them none.
 
     affinities: its channels that belong to offsets. Near a face, an edge that a turn cannot know is averaged without it.
     """
     if len(turns) == 1:
         return network
     moves = [affinity_moves(turn, offsets, stored_at) if affinities.stop > affinities.start else [] for turn in turns]
+    steps = offsets if affinities.stop > affinities.start else ()
+    reach = [max((abs(offset[axis]) for offset in steps), default=0) for axis in range(3)]
 
-    def average(x: Tensor) -> Tensor:
-        total = network(x).clone()
+    def average(x: Tensor, region: Region) -> Tensor:
+        shape: Triple = (x.shape[2], x.shape[3], x.shape[4])
+        wide = widened(region, (reach[0], reach[1], reach[2]), shape)  # other ends of the region's edges
+        total = network(x, wide).clone()
         count = total.new_ones(total.shape[1:])  # (C, z, y, x)
         for turn, affinity_move in zip(turns[1:], moves[1:], strict=True):
-            found = turn.back(network(turn.see(x)))
+            found = turn.back(network(turn.see(x), turn.see_region(wide, shape)))
             for channel in range(found.shape[1]):
                 source, shift = channel, (0, 0, 0)
                 if affinities.start <= channel < affinities.stop:
@@ -99,7 +111,7 @@ def averaged(
                 here, there = overlap(shift, (found.shape[2], found.shape[3], found.shape[4]))
                 total[:, channel][(slice(None), *here)] += found[:, source][(slice(None), *there)]
                 count[channel][here] += 1
-        return total.div_(count)
+        return total.div_(count)[(slice(None), slice(None), *seen_from(wide, (1, 1, 1), region))]
 
     return average
 

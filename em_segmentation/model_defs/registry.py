@@ -16,6 +16,7 @@ from em_segmentation.model_defs.rsunet import RSUNet, kernels_along_z
 from em_segmentation.model_defs.swin_unetr import SwinUNETR
 from em_segmentation.model_defs.unetr import UNETR
 from em_segmentation.model_defs.unets import BasicUNet3d, ResidualUNet3d
+from em_segmentation.regions import Region
 from em_segmentation.targets import num_channels
 
 KIND = "em_segmentation"  # of checkpoints with weights of these networks
@@ -45,6 +46,14 @@ class SegmentationModel(nn.Module):
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         logits: Tensor | list[Tensor] = self.network(x)
         return logits
+
+    def part(self, x: Tensor, region: Region) -> Tensor:
+        """The logits (B, out, ...) in a region z, y, x of the input alone; of a model in eval mode."""
+        if isinstance(self.network, RSUNet):
+            return self.network.part(x, region)
+        logits = self.network(x)
+        assert isinstance(logits, Tensor), "Expected a model in eval mode"
+        return logits[:, :, region[0], region[1], region[2]]
 
     def get_model_info(self) -> dict[str, str | int | bool]:
         """Name, class, numbers of parameters, and whether tiles can be exact."""

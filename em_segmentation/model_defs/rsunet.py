@@ -5,13 +5,13 @@ the levels become isotropic; here two convolutions per module on the way down an
 encoders of Isensee et al. 2024, arXiv:2404.09556), ReLU, and nearest-neighbour upsampling.
 """
 
-import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from common.blocks import NormName, norm_layer
 from em_segmentation.model_defs.convolution import Conv3d
+from em_segmentation.regions import Region, Triple, cut, divided, everywhere, seen_from, widened
 
-Triple = tuple[int, int, int]
 THICK = 2.0  # sections at least so much thicker than a pixel is wide are not mixed at a level
 
 
@@ -40,6 +40,10 @@ class ResidualModule(nn.Module):
         x = nn.functional.relu(self.norm1(self.conv1(x)), inplace=True)
         return nn.functional.relu(x + self.norm2(self.conv2(x)), inplace=True)
 
+    def absorb_norms(self) -> None:
+        """Make the norms part of the convolutions, for eval mode only: fewer maps in memory."""
+        self.norm1, self.norm2 = absorbed(self.conv1, self.norm1), absorbed(self.conv2, self.norm2)
+
 
 class MergeModule(nn.Module):
     """conv-norm beside the identity, relu, after a skip was added: (B, width, z, y, x) -> the same."""
@@ -52,6 +56,21 @@ class MergeModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.relu(x + self.norm(self.conv(x)), inplace=True)
+
+    def absorb_norms(self) -> None:
+        """As a ResidualModule does."""
+        self.norm = absorbed(self.conv, self.norm)
+
+
+def absorbed(conv: Conv3d, norm: nn.Module) -> nn.Module:
+    """Give a convolution the scale and shift of the batch norm behind it; returns what is left to do: nothing."""
+    if not isinstance(norm, nn.BatchNorm3d):
+        return norm
+    assert norm.running_mean is not None and norm.running_var is not None
+    conv.weight, conv.bias = fuse_conv_bn_weights(
+        conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    )
+    return nn.Identity()
 
 
 class RSUNet(nn.Module):
@@ -81,6 +100,7 @@ class RSUNet(nn.Module):
         self.downs = nn.ModuleList(
             ResidualModule(widths[level], widths[level + 1], kernel, norm) for level, kernel in enumerate(kernels)
         )
+        self.reaches = [(kernel[0] // 2, kernel[1] // 2, kernel[2] // 2) for kernel in kernels]
         self.factors: list[Triple] = [(2 if edge == 3 else 1, 2, 2) for edge in kernel_z[:-1]]
         finer = list(range(len(filters) - 1))
         self.raises = nn.ModuleList(Conv3d(filters[level + 1], filters[level], 1, bias=False) for level in finer)
@@ -90,16 +110,27 @@ class RSUNet(nn.Module):
         self.halo = halo if norm == "batch" else None  # statistics of a group norm come from the whole tile
 
     def forward(self, volume: Tensor) -> Tensor:
+        return self.part(volume, everywhere(volume))
+
+    def part(self, volume: Tensor, region: Region) -> Tensor:
+        """The output in a region of the volume alone: on the way up nothing is kept or computed beyond what it needs."""
         x, skips = folded_in(volume, self.fold), []
+        needed = divided(region, self.fold)
+        inner, outer = [needed], []
         for level, down in enumerate(self.downs):
             x = down(x)
             if level < len(self.factors):
-                skips.append(x)
+                outer.append(widened(needed, self.reaches[level], x.shape[2:]))
+                needed = divided(outer[-1], self.factors[level])
+                inner.append(needed)
+                skips.append(cut(x, outer[-1]))
                 x = nn.functional.max_pool3d(x, self.factors[level], ceil_mode=True)
+        x = cut(x, needed)
         for level in reversed(range(len(self.factors))):
-            x = self.ups[level](skips[level] + doubled(self.raises[level](x), self.factors[level], skips[level].shape))
-        logits: Tensor = folded_out(self.head(x), self.fold)
-        return logits[:, :, : volume.shape[2], : volume.shape[3], : volume.shape[4]]
+            raised = doubled(self.raises[level](x), self.factors[level])
+            raised = cut(raised, seen_from(inner[level + 1], self.factors[level], outer[level]))
+            x = cut(self.ups[level](skips.pop() + raised), seen_from(outer[level], (1, 1, 1), inner[level]))
+        return cut(folded_out(self.head(x), self.fold), seen_from(inner[0], self.fold, region))
 
 
 def reach_of(fold: Triple, kernels: list[Triple], factors: list[Triple]) -> tuple[Triple, Triple]:
@@ -138,7 +169,6 @@ def folded_out(x: Tensor, fold: Triple) -> Tensor:
     return cells.reshape(batch, channels // (fold[0] * fold[1] * fold[2]), z * fold[0], y * fold[1], width * fold[2])
 
 
-def doubled(x: Tensor, factors: Triple, shape: torch.Size) -> Tensor:
-    """Nearest-neighbour upsampling, cut to the finer level's size."""
-    raised = nn.functional.interpolate(x, scale_factor=tuple(map(float, factors)), mode="nearest")
-    return raised[:, :, : shape[2], : shape[3], : shape[4]]
+def doubled(x: Tensor, factors: Triple) -> Tensor:
+    """Nearest-neighbour upsampling."""
+    return nn.functional.interpolate(x, scale_factor=tuple(map(float, factors)), mode="nearest")

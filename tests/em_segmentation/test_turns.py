@@ -11,6 +11,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from em_segmentation.config import Targets
+from em_segmentation.regions import Region, everywhere
 from em_segmentation.targets import build_target
 from em_segmentation.turns import Triple, Turn, affinity_moves, averaged, overlap, turns_of
 
@@ -29,6 +30,16 @@ OFFSETS = (
     (0, 2, -4),
 )
 NONE: tuple[Triple, ...] = ()
+
+
+def parts_of(network: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Region], Tensor]:
+    """A network of whole tiles as one that is asked for regions."""
+    return lambda x, region: network(x)[(slice(None), slice(None), *region)]
+
+
+def whole_tile(network: Callable[[Tensor, Region], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A network that is asked for regions, asked for everything."""
+    return lambda x: network(x, everywhere(x))
 
 
 def labels_of(shape: Triple, seed: int) -> Tensor:
@@ -61,8 +72,22 @@ def test_a_perfect_network_stays_perfect(mode: str, stored_at: str, shape: Tripl
     network = true_affinities(settings)
     for seed in range(3):
         labels = labels_of(shape, seed)[None, None].float()
-        average = averaged(network, turns_of(mode), slice(0, len(OFFSETS)), OFFSETS, stored_at)
+        average = whole_tile(averaged(parts_of(network), turns_of(mode), slice(0, len(OFFSETS)), OFFSETS, stored_at))
         assert torch.equal(average(labels), network(labels))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("region", [(slice(2, 5), slice(0, 4), slice(6, 13)), (slice(0, 7), slice(3, 4), slice(1, 2))])
+def test_a_region_is_what_the_whole_tile_has_there(mode: str, region: Region) -> None:
+    """Of a network that is right nowhere, whose channels of affinities and others differ under every turn."""
+    offsets = OFFSETS[:6] if mode in ("none", "flips", "flips_in_plane") else OFFSETS
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(len(offsets) + 1, 1, 3, 3, 3, generator=generator)
+    tile = torch.randn(1, 1, *SHAPE, generator=generator)
+    network = parts_of(lambda x: torch.nn.functional.conv3d(x, weight, padding=1).sigmoid())
+    average = averaged(network, turns_of(mode), slice(0, len(offsets)), offsets, "source")
+    expected = average(tile, everywhere(tile))[(slice(None), slice(None), *region)]
+    torch.testing.assert_close(average(tile, region), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("stored_at", ["source", "destination"])
@@ -70,7 +95,8 @@ def test_negative_offsets_too(stored_at: str) -> None:
     offsets = ((-1, 0, 0), (0, -2, 0), (0, 0, 2), (0, 0, -3), (0, 3, 0))
     settings = settings_of(offsets, stored_at)
     labels = labels_of(SHAPE, 0)[None, None].float()
-    average = averaged(true_affinities(settings), turns_of("all"), slice(0, 5), offsets, stored_at)
+    network = parts_of(true_affinities(settings))
+    average = whole_tile(averaged(network, turns_of("all"), slice(0, 5), offsets, stored_at))
     assert torch.equal(average(labels), true_affinities(settings)(labels))
 
 
@@ -79,7 +105,7 @@ def test_naive_averages_of_flips_are_wrong() -> None:
     offsets = OFFSETS[:6]
     network = true_affinities(settings_of(offsets, "source"))
     labels = labels_of(SHAPE, 0)[None, None].float()
-    naive = averaged(network, turns_of("flips"), slice(0, 0), offsets, "source")
+    naive = whole_tile(averaged(parts_of(network), turns_of("flips"), slice(0, 0), offsets, "source"))
     wrong = (naive(labels) - network(labels)).abs()
     assert wrong.max() >= 0.5
     assert (wrong > 0).float().mean() > 0.05
@@ -88,7 +114,7 @@ def test_naive_averages_of_flips_are_wrong() -> None:
 def test_the_wrong_convention_is_wrong() -> None:
     network = true_affinities(settings_of(OFFSETS[:3], "source"))
     labels = labels_of(SHAPE, 0)[None, None].float()
-    mixed = averaged(network, turns_of("flips"), slice(0, 3), OFFSETS[:3], "destination")
+    mixed = whole_tile(averaged(parts_of(network), turns_of("flips"), slice(0, 3), OFFSETS[:3], "destination"))
     assert (mixed(labels) - network(labels)).abs().max() > 0.2
 
 
@@ -100,7 +126,8 @@ def test_affinities_may_lie_between_other_channels() -> None:
         return torch.cat([x, network(x), -x], 1)
 
     labels = labels_of(SHAPE, 1)[None, None].float()
-    assert torch.equal(averaged(several, turns_of("all"), slice(1, 4), offsets, "source")(labels), several(labels))
+    average = whole_tile(averaged(parts_of(several), turns_of("all"), slice(1, 4), offsets, "source"))
+    assert torch.equal(average(labels), several(labels))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -113,7 +140,7 @@ def test_channels_without_direction_are_the_mean_over_turns(mode: str) -> None:
         return torch.nn.functional.conv3d(x, weight, padding=1).sigmoid()
 
     turns = turns_of(mode)
-    average = averaged(network, turns, slice(0, 0), NONE, "source")
+    average = whole_tile(averaged(parts_of(network), turns, slice(0, 0), NONE, "source"))
     mean = torch.stack([turn.back(network(turn.see(tile))) for turn in turns]).mean(0)
     torch.testing.assert_close(average(tile), mean)
     for turn in turns:
@@ -166,7 +193,7 @@ def test_offsets_that_turns_do_not_exchange_are_refused(
     mode: str, offsets: tuple[Triple, ...], named: list[int]
 ) -> None:
     with pytest.raises(UserError) as caught:
-        averaged(lambda x: x, turns_of(mode), slice(0, len(offsets)), offsets, "source")
+        averaged(parts_of(lambda x: x), turns_of(mode), slice(0, len(offsets)), offsets, "source")
     assert caught.value.exit_code == 2
     assert len(caught.value.problems) == 1
     assert str(named) in caught.value.problems[0]
