@@ -5,6 +5,7 @@ the levels become isotropic; here two convolutions per module on the way down an
 encoders of Isensee et al. 2024, arXiv:2404.09556), ReLU, and nearest-neighbour upsampling.
 """
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
@@ -12,6 +13,7 @@ from common.blocks import NormName, norm_layer
 from em_segmentation.model_defs.convolution import Conv3d
 from em_segmentation.regions import Region, Triple, cut, divided, everywhere, seen_from, widened
 
+SLAB = 32  # cells along z that a level works on at once while predicting; a multiple of all poolings
 THICK = 2.0  # sections at least so much thicker than a pixel is wide are not mixed at a level
 
 
@@ -38,7 +40,7 @@ class ResidualModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = nn.functional.relu(self.norm1(self.conv1(x)), inplace=True)
-        return nn.functional.relu(x + self.norm2(self.conv2(x)), inplace=True)
+        return nn.functional.relu(self.norm2(self.conv2(x)).add_(x), inplace=True)
 
     def absorb_norms(self) -> None:
         """Make the norms part of the convolutions, for eval mode only: fewer maps in memory."""
@@ -55,7 +57,7 @@ class MergeModule(nn.Module):
         self.norm = norm_layer(norm, 3, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.relu(x + self.norm(self.conv(x)), inplace=True)
+        return nn.functional.relu(self.norm(self.conv(x)).add_(x), inplace=True)
 
     def absorb_norms(self) -> None:
         """As a ResidualModule does."""
@@ -117,20 +119,42 @@ class RSUNet(nn.Module):
         x, skips = folded_in(volume, self.fold), []
         needed = divided(region, self.fold)
         inner, outer = [needed], []
-        for level, down in enumerate(self.downs):
-            x = down(x)
-            if level < len(self.factors):
-                outer.append(widened(needed, self.reaches[level], x.shape[2:]))
-                needed = divided(outer[-1], self.factors[level])
-                inner.append(needed)
-                skips.append(cut(x, outer[-1]))
-                x = nn.functional.max_pool3d(x, self.factors[level], ceil_mode=True)
-        x = cut(x, needed)
+        for level, factors in enumerate(self.factors):
+            outer.append(widened(needed, self.reaches[level], x.shape[2:]))
+            needed = divided(outer[-1], factors)
+            inner.append(needed)
+            skip, x = self.down(level, x, outer[-1])
+            skips.append(skip)
+        x = cut(self.downs[-1](x), needed)
         for level in reversed(range(len(self.factors))):
             raised = doubled(self.raises[level](x), self.factors[level])
             raised = cut(raised, seen_from(inner[level + 1], self.factors[level], outer[level]))
             x = cut(self.ups[level](skips.pop() + raised), seen_from(outer[level], (1, 1, 1), inner[level]))
         return cut(folded_out(self.head(x), self.fold), seen_from(inner[0], self.fold, region))
+
+    def down(self, level: int, x: Tensor, kept: Region) -> tuple[Tensor, Tensor]:
+        """A level's map (B, width, ...) in a region, and all of it pooled.
+
+        In eval mode slab by slab of sections, as the finest maps are the largest; not where norms look at the whole tile.
+        """
+        module, factors, depth = self.downs[level], self.factors[level], x.shape[2]
+        slab, reach = depth if self.training or self.halo is None else SLAB, 2 * self.reaches[level][0]
+        pooled, skips = [], []
+        for first in range(0, depth, slab):
+            last = min(depth, first + slab)
+            low, high = max(0, first - reach), min(depth, last + reach)
+            found = module(x if high - low == depth else x[:, :, low:high])
+            found = found if high - low == last - first else found[:, :, first - low : last - low]
+            pooled.append(nn.functional.max_pool3d(found, factors, ceil_mode=True))
+            begin, end = max(kept[0].start, first), min(kept[0].stop, last)
+            if begin < end:
+                skips.append(cut(found, (slice(begin - first, end - first), *kept[1:])))
+        return joined(skips), joined(pooled)
+
+
+def joined(slabs: list[Tensor]) -> Tensor:
+    """Slabs of sections (B, C, z, y, x) one behind the other."""
+    return slabs[0] if len(slabs) == 1 else torch.cat(slabs, 2)
 
 
 def reach_of(fold: Triple, kernels: list[Triple], factors: list[Triple]) -> tuple[Triple, Triple]:

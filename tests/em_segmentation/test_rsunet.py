@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from em_segmentation.inference import working_copy
+from em_segmentation.model_defs import rsunet
 from em_segmentation.model_defs.registry import SegmentationModel
 from em_segmentation.model_defs.rsunet import MergeModule, ResidualModule, RSUNet
 from em_segmentation.regions import Region, Triple, cut, divided, everywhere, seen_from, widened
@@ -40,13 +41,17 @@ def random_region(shape: tuple[int, ...], draw: np.random.Generator) -> Region:
 
 
 @pytest.mark.parametrize(("fold", "kernel_z"), CASES)
-@pytest.mark.parametrize("shape", [(16, 24, 24), (9, 17, 22), (1, 5, 7)])
+@pytest.mark.parametrize(("shape", "slab"), [((16, 24, 24), 32), ((16, 24, 24), 4), ((9, 17, 22), 2), ((1, 5, 7), 2)])
 @torch.inference_mode()
-def test_a_region_alone_is_what_the_whole_has_there(fold: Triple, kernel_z: tuple[int, ...], shape: Triple) -> None:
+def test_a_region_alone_is_what_the_whole_has_there(
+    fold: Triple, kernel_z: tuple[int, ...], shape: Triple, slab: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And slab by slab of sections what it is at once."""
     model, draw = network(fold, kernel_z), np.random.default_rng(0)
     volume = torch.randn(2, 2, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     whole = model(volume)
     assert whole.shape == (2, 3, *shape) and whole.std() > 0.05
+    monkeypatch.setattr(rsunet, "SLAB", slab)
     for region in [everywhere(volume), *(random_region(shape, draw) for _ in range(12))]:
         found = model.part(volume, region)
         torch.testing.assert_close(found, whole[(slice(None), slice(None), *region)], rtol=0, atol=1e-12)
