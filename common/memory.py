@@ -13,9 +13,14 @@ def keep_freed_memory() -> None:
     By default every tensor above 32 MB is mapped afresh, and the system hands out its pages one fault at a time, zeroed:
     up to half the time of a whole-volume inference on a CPU. Elsewhere than on Linux with glibc nothing changes.
     """
-    if sys.platform != "linux":
-        return
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if libc is not None and hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, LARGEST_INT)
+
+
+def give_back_freed_memory() -> None:
+    """Once in a while: tensors of many sizes leave holes in the kept heap, which would grow and grow."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if libc is not None and hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)

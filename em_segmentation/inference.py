@@ -5,7 +5,6 @@ Memory: exact tiles hold one row of them as bytes; blended windows hold the sums
 
 import copy
 import dataclasses
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -130,18 +129,18 @@ def padded_shape(shape: Triple, grid: Triple) -> Triple:
 
 
 @torch.inference_mode()
-def predicted_planes(
+def predicted_boxes(
     model: SegmentationModel, image: Volume, scale: Scale, config: Config, planes: tuple[int, int]
-) -> Iterator[tuple[int, Bytes]]:
-    """Yield (first plane, bytes [C, dz, y, x]) of the planes [first, last) of an image, in ascending order.
+) -> Iterator[tuple[Triple, Bytes]]:
+    """Yield (corner, bytes [C, dz, dy, dx]) that cover the planes [first, last) of an image, row of tiles after row.
 
     Bytes are round(255 p). Any range of planes has the bits that it has as part of the whole.
     """
-    parts = exact_planes if config.inference.tiling == "exact" else window_planes
-    for first, found in parts(model, image, scale, config, planes):
-        begin, end = max(first, planes[0]), min(first + found.shape[1], planes[1])
+    parts = exact_boxes if config.inference.tiling == "exact" else window_boxes
+    for (z, y, x), found in parts(model, image, scale, config, planes):
+        begin, end = max(z, planes[0]), min(z + found.shape[1], planes[1])
         if end > begin:
-            yield begin, found[:, begin - first : end - first, : image.shape[1], : image.shape[2]].numpy()
+            yield (begin, y, x), found[:, begin - z : end - z, : image.shape[1] - y, : image.shape[2] - x].numpy()
 
 
 def row_starts(model: SegmentationModel, shape: Triple, config: Config) -> list[int]:
@@ -172,24 +171,17 @@ def exact_layout(model: SegmentationModel, shape: Triple, config: Config) -> tup
     return padded, balanced_tile(padded, fitting(config.inference.tile_size, grid), grid), halo
 
 
-def exact_planes(
+def exact_boxes(
     model: SegmentationModel, image: Volume, scale: Scale, config: Config, planes: tuple[int, int]
-) -> Iterator[tuple[int, Tensor]]:
-    """Rows of exact tiles that touch the planes, as bytes; each output computed once."""
+) -> Iterator[tuple[Triple, Tensor]]:
+    """Exact tiles of the rows that touch the planes, as bytes; each output computed once."""
     shape, edges, halo = exact_layout(model, image.shape, config)
     assert model.alignment is not None
     network, read = probability_network(model, config), Reader(image, scale, device_of(model), shape)
-    tiles = exact_tiles(shape, edges, 1, model.alignment, halo)
-    for first, row in itertools.groupby(tiles, lambda tile: tile.write[0].start):
-        if first >= planes[1] or first + edges[0] <= planes[0]:
-            continue
-        output = torch.empty(0, dtype=torch.uint8)
-        for tile in row:
-            found = as_bytes(network(read(tile.read), tile.keep)[0], image.path)
-            if output.dim() == 1:
-                output = found.new_empty(len(found), found.shape[1], *shape[1:])
-            output[(slice(None), slice(None), *tile.write[1:])] = found
-        yield first, output
+    for tile in exact_tiles(shape, edges, 1, model.alignment, halo):
+        z, y, x = tile.write
+        if z.start < planes[1] and z.stop > planes[0]:
+            yield (z.start, y.start, x.start), as_bytes(network(read(tile.read), tile.keep)[0], image.path)
 
 
 def as_bytes(probabilities: Tensor, path: Path) -> Tensor:
@@ -223,17 +215,17 @@ def window_of(model: SegmentationModel, config: Config) -> Triple:
     return window
 
 
-def window_planes(
+def window_boxes(
     model: SegmentationModel, image: Volume, scale: Scale, config: Config, planes: tuple[int, int]
-) -> Iterator[tuple[int, Tensor]]:
-    """Planes out of overlapping windows, as bytes."""
+) -> Iterator[tuple[Triple, Tensor]]:
+    """Whole planes out of overlapping windows, as bytes."""
     window = window_of(model, config)
     shape = (max(image.shape[0], window[0]), max(image.shape[1], window[1]), max(image.shape[2], window[2]))
     network, read = probability_network(model, config), Reader(image, scale, device_of(model), shape)
     for first, part in blended_planes(
         lambda x: network(x, everywhere(x)), read, shape, window, 1, config.inference.overlap, planes
     ):
-        yield first, as_bytes(part, image.path)
+        yield (first, 0, 0), as_bytes(part, image.path)
 
 
 @torch.inference_mode()

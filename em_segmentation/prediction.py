@@ -20,6 +20,7 @@ from common.config import as_yaml
 from common.errors import config_error
 from common.files import parsing, read_text, write_atomically, write_text
 from common.logbook import progress
+from common.memory import give_back_freed_memory
 from common.parallel import all_ranks_do, first_rank_does
 from common.volumes.finishing import check_target
 from common.volumes.opening import open_volume
@@ -42,7 +43,7 @@ from em_segmentation.decoding.cleaning import smallest_dtype
 from em_segmentation.decoding.executors import open_executor
 from em_segmentation.decoding.pipeline import segment_at
 from em_segmentation.decoding.settings import Settings, settings_of
-from em_segmentation.inference import predicted_planes, row_starts, written_channels
+from em_segmentation.inference import predicted_boxes, row_starts, written_channels
 from em_segmentation.model_defs.registry import SegmentationModel
 from em_segmentation.volumes import Scale
 
@@ -144,9 +145,13 @@ def write_own_planes(
     total = sum(end - begin for begin, end in own)
     bar = progress(range(total), f"predicting {source.image.path.name}", total, dist.get_rank() == 0)
     for begin, end in own:
-        for plane, found in predicted_planes(model, source.image, source.scale, config, (begin + first, end + first)):
-            streamed.write(plane - first, found)
-            bar.update(found.shape[1])
+        planes = begin + first, end + first
+        for (z, y, x), found in predicted_boxes(model, source.image, source.scale, config, planes):
+            streamed.write_box((z - first, y, x), found)
+            if (y + found.shape[2], x + found.shape[3]) == source.shape[1:]:  # the last box of its planes
+                streamed.mark_finished(z - first, z - first + found.shape[1])
+                bar.update(found.shape[1])
+                give_back_freed_memory()
     bar.close()
 
 

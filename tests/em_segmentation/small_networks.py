@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from common.streams import random_for
 from common.volumes.opening import open_volume
 from common.volumes.volume import Volume
 from em_segmentation.config import BASE, Config
+from em_segmentation.inference import predicted_boxes
 from em_segmentation.model_defs.registry import KIND, SegmentationModel, build_model
 from em_segmentation.volumes import Scale
 
@@ -91,3 +93,17 @@ def run_script(name: object, *words: object) -> subprocess.CompletedProcess[str]
         [sys.executable, str(ROOT / "em_segmentation" / str(name)), *map(str, words)],
         capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300, check=False,
     )  # fmt: skip
+
+
+def predicted_planes(
+    model: SegmentationModel, image: Volume, scale: Scale, config: Config, planes: tuple[int, int]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """predicted_boxes, those of a row put together: (first plane, bytes [C, dz, y, x])."""
+    boxes = predicted_boxes(model, image, scale, config, planes)
+    for first, row in itertools.groupby(boxes, lambda box: box[0][0]):
+        whole = np.empty(0, np.uint8)
+        for (_, y, x), found in row:
+            if whole.ndim == 1:
+                whole = np.zeros((*found.shape[:2], *image.shape[1:]), np.uint8)
+            whole[:, :, y : y + found.shape[2], x : x + found.shape[3]] = found
+        yield first, whole

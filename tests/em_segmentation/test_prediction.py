@@ -25,7 +25,7 @@ from em_segmentation import prediction as module
 from em_segmentation.config import Config
 from em_segmentation.decoding.pipeline import segment_at
 from em_segmentation.decoding.settings import settings_of
-from em_segmentation.inference import predicted_planes
+from em_segmentation.inference import predicted_boxes
 from em_segmentation.prediction import (
     Channels,
     Source,
@@ -50,6 +50,7 @@ from tests.em_segmentation.small_networks import (
     alone,
     changed,
     image_at,
+    predicted_planes,
     random_model,
     small_config,
     write_checkpoint,
@@ -181,7 +182,7 @@ def test_a_kill_between_the_target_and_its_note_loses_nothing(
         patched.setattr(module.StreamedVolume, "finish", dies)
         write_prediction(random_model(config, 0), source, config, path)
     with monkeypatch.context() as patched, alone():
-        patched.setattr(module, "predicted_planes", lambda *_: pytest.fail("all planes were finished"))
+        patched.setattr(module, "predicted_boxes", lambda *_: pytest.fail("all planes were finished"))
         found = write_prediction(random_model(config, 0), source, config, path)
     assert np.array_equal(whole(found), bytes_of(tmp_path, config, (0, 40)))
 
@@ -232,12 +233,12 @@ def test_killed_in_the_middle_and_continued_it_is_the_same_file(tmp_path: Path) 
     seen: list[tuple[int, int]] = []
     model, source = random_model(config, 0), source_at(tmp_path, (0, 40))
 
-    def watched(*arguments: Any) -> Iterator[tuple[int, np.ndarray]]:
+    def watched(*arguments: Any) -> Iterator[tuple[tuple[int, int, int], np.ndarray]]:
         seen.append(arguments[4])
-        yield from predicted_planes(*arguments)
+        yield from predicted_boxes(*arguments)
 
     with pytest.MonkeyPatch.context() as patched, alone():
-        patched.setattr(module, "predicted_planes", watched)
+        patched.setattr(module, "predicted_boxes", watched)
         found = write_prediction(model, source, config, path)
     assert np.array_equal(whole(found), expected)
     assert 0 < sum(last - first for first, last in seen) < 40, "only what was missing was computed"
