@@ -1,12 +1,11 @@
-"""Classes of voxels out of a prediction's probabilities, in a file: each voxel by itself, or bodies as wholes.
+"""Classes of voxels out of a prediction's probabilities, in a file: each voxel by itself, or components as wholes.
 
-A mitochondrion is not half a lysosome: the touching voxels of decoding.whole_bodies become the one class that most of
-their probability speaks for. Bodies are found block by block where the volume is larger than one block.
+A mitochondrion is not half a lysosome: a connected component of decoding.exclusive_classes becomes the one class that most
+of its probability speaks for. Components are found block by block where the volume is larger than one block.
 """
 
 import dataclasses
 import hashlib
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.volumes.opening import open_volume
-from common.volumes.streaming import StreamedVolume, open_streamed, partial_folder
+from common.volumes.streaming import StreamedVolume, open_streamed
 from common.volumes.volume import Volume
 from em_segmentation.config import Config
 from em_segmentation.decoding.settings import Settings
@@ -24,20 +23,25 @@ from em_segmentation.prediction import (
     Triple,
     VoxelSize,
     decode,
+    decode_sections,
+    discard,
     finish,
     forget_others,
     is_finished,
-    scratch_of,
 )
 
-VALUES = 2**26  # probabilities read at once
-PIECES = Settings(method="components", input="boundary", threshold=128)
+PROBABILITIES_AT_ONCE = 2**24  # read together; each voxel of them takes about 25 bytes more
+COMPONENT_SETTINGS = Settings(method="components", input="boundary", threshold=128)
 
 
 def classes_identity(config: Config, threshold: int, made_from: str) -> str:
-    """Changes with all that a class map depends on; made_from: the prediction's identity."""
-    facts = f"{made_from} {written_channels(config.targets)['semantic']} {threshold} {config.decoding.whole_bodies}"
-    return hashlib.sha256(facts.encode()).hexdigest()[:16]
+    """16 hex digits that change with all that a class map depends on; made_from: the prediction's identity."""
+    facts: list[object] = [made_from, written_channels(config.targets)["semantic"]]
+    if config.targets.semantic_classes == 1:
+        facts.append(threshold)
+    if config.decoding.exclusive_classes:
+        facts += [config.decoding.exclusive_classes, config.decoding.by_section]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
 def write_classes(
@@ -45,32 +49,34 @@ def write_classes(
 ) -> Volume:
     """Classes [z, y, x] uint8 of a prediction at a path, 0 background; what is finished is kept.
 
-    threshold (0..255) is that of a single class. made_from: the prediction's identity. Raises a config error where
-    something else is at the path.
+    threshold (0..255) is that of a single class. made_from: the prediction's identity. Exclusive classes take up to 8 bytes
+    per voxel of scratch beside the path. Raises a config error where something else is at the path, a data error where it
+    cannot be written.
     """
     identity = classes_identity(config, threshold, made_from)
     if not is_finished(path, identity):
         streamed = open_streamed(path, (1, *prediction.shape), np.dtype(np.uint8), identity)
-        channels = written_channels(config.targets)["semantic"]
-        source = ClassReader(prediction, channels, threshold, config.decoding.whole_bodies)
-        bodies = find_bodies(source, config, identity, bodies_of(path)) if source.whole_bodies else None
-        for missing in streamed.missing_ranges():
-            for first, last in source.parts(*missing):
-                streamed.write(first, source.classes(first, last, bodies)[None])
+        missing = streamed.missing_ranges()
+        if missing:
+            channels = written_channels(config.targets)["semantic"]
+            source = ClassReader(prediction, channels, threshold, config.decoding.exclusive_classes)
+            components = find_components(source, config, identity, components_of(path))
+            for first, last in (planes for range_ in missing for planes in source.plane_ranges(*range_)):
+                streamed.write(first, source.classes(first, last, components)[None])
+        discard(components_of(path))  # before the target is there: nobody would look for them afterwards
         finish(streamed, voxel_size_nm)
-        discard_bodies(path)
     return open_volume(path, "auto")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Bodies:
-    """Ids [z, y, x] of whole bodies, 0 elsewhere, and the class of each (num_bodies + 1,)."""
+class Components:
+    """Ids [z, y, x] of the components of exclusive classes, 0 elsewhere, and the class of each (num_components + 1,)."""
 
     ids: StreamedVolume
     chosen: npt.NDArray[np.uint8]
 
     def read(self, first: int, last: int) -> npt.NDArray[np.unsignedinteger]:
-        """The planes first <= z < last."""
+        """Ids [z, y, x] of the planes first <= z < last."""
         found: npt.NDArray[np.unsignedinteger] = self.ids.read_channels(
             (first, 0, 0), (last - first, *self.ids.shape[2:])
         )[0]
@@ -79,27 +85,30 @@ class Bodies:
 
 @dataclasses.dataclass(frozen=True)
 class ClassReader:
-    """The semantic channels of a prediction; to the decoder one channel, 0 in whole bodies and 255 elsewhere."""
+    """The semantic channels of a prediction; to the decoder one channel, 0 in exclusive classes and 255 elsewhere."""
 
     prediction: Volume
     channels: slice
     threshold: int
-    whole_bodies: tuple[int, ...]
+    exclusive_classes: tuple[int, ...]
 
     @property
     def shape(self) -> Triple:
+        """z, y, x."""
         return self.prediction.shape
 
     @property
     def num_channels(self) -> int:
+        """Of what the decoder reads."""
         return 1
 
     def read_channels(self, corner: Triple, size: Triple) -> Bytes:
+        """What the decoder reads, [1, z, y, x]."""
         classes = self.likeliest(self.prediction.read_channels(corner, size)[self.channels])
-        return np.where(np.isin(classes, self.whole_bodies), 0, 255).astype(np.uint8)[None]
+        return np.where(np.isin(classes, self.exclusive_classes), 0, 255).astype(np.uint8)[None]
 
     def likeliest(self, values: Bytes) -> Bytes:
-        """Classes [z, y, x] of probabilities [k, z, y, x], each voxel by itself."""
+        """Classes [z, y, x] of probabilities [k, z, y, x], each voxel by itself; of equals the first."""
         found = values[0] >= self.threshold if len(values) == 1 else values.argmax(0)
         return np.asarray(found, np.uint8)
 
@@ -108,44 +117,46 @@ class ClassReader:
         found: Bytes = self.prediction.read_channels((first, 0, 0), (last - first, *self.shape[1:]))[self.channels]
         return found
 
-    def classes(self, first: int, last: int, bodies: Bodies | None) -> Bytes:
-        """Final classes of the planes first <= z < last."""
+    def classes(self, first: int, last: int, components: Components | None) -> Bytes:
+        """Final classes [z, y, x] of the planes first <= z < last."""
         found = self.likeliest(self.planes(first, last))
-        if bodies is None:
+        if components is None:
             return found
-        body = bodies.read(first, last)
-        return np.where(body > 0, bodies.chosen[body], found)
+        ids = components.read(first, last)
+        return np.where(ids > 0, components.chosen[ids], found)
 
-    def parts(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+    def plane_ranges(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         """The planes first <= z < last in ranges that fit into the memory."""
-        num_channels = self.channels.stop - self.channels.start
-        step = max(1, VALUES // (num_channels * self.shape[1] * self.shape[2]))
+        step = max(1, PROBABILITIES_AT_ONCE // (self.prediction.num_channels * self.shape[1] * self.shape[2]))
         for start in range(first, last, step):
             yield start, min(start + step, last)
 
 
-def find_bodies(source: ClassReader, config: Config, identity: str, path: Path) -> Bodies:
-    """Connected pieces of whole bodies with their classes (single voxels keep their own), in a hidden unfinished volume."""
+def find_components(source: ClassReader, config: Config, identity: str, path: Path) -> Components | None:
+    """Components of exclusive classes (single voxels keep their class), in the unfinished volume of a hidden path.
+
+    None where no class is exclusive. Raises the errors of the decoder.
+    """
+    if not source.exclusive_classes:
+        return None
     forget_others(path, identity)
-    ids = decode(source, PIECES, config.decoding, identity, path)
-    bodies = Bodies(ids, np.zeros(1, np.uint8))
-    sums = np.zeros((len(source.whole_bodies), 1))
-    for first, last in source.parts(0, source.shape[0]):
-        body, values = bodies.read(first, last).reshape(-1), source.planes(first, last)
-        own = np.stack([np.bincount(body, values[number].reshape(-1)) for number in source.whole_bodies])
-        both = np.zeros((len(own), max(own.shape[1], sums.shape[1])))
-        both[:, : sums.shape[1]] = sums
-        both[:, : own.shape[1]] += own
-        sums = both
-    return dataclasses.replace(bodies, chosen=np.array(source.whole_bodies, np.uint8)[sums.argmax(0)])
+    if config.decoding.by_section:
+        ids = decode_sections(source, COMPONENT_SETTINGS, identity, path)
+    else:
+        ids = decode(source, COMPONENT_SETTINGS, config.decoding, identity, path)
+    components = Components(ids, np.zeros(1, np.uint8))
+    sums = np.zeros((len(source.exclusive_classes), 1))  # of probabilities, per class and component
+    for first, last in source.plane_ranges(0, source.shape[0]):
+        values = source.planes(first, last)
+        found, number = np.unique(components.read(first, last), return_inverse=True)
+        if found[-1] >= sums.shape[1]:
+            sums = np.pad(sums, ((0, 0), (0, max(sums.shape[1], int(found[-1]) + 1 - sums.shape[1]))))
+        for row, class_number in zip(sums, source.exclusive_classes, strict=True):
+            row[found] += np.bincount(number.reshape(-1), values[class_number].reshape(-1))
+    chosen = np.array(source.exclusive_classes, np.uint8)[sums.argmax(0)]
+    return dataclasses.replace(components, chosen=chosen)
 
 
-def bodies_of(path: Path) -> Path:
-    """Where the ids of a class map's bodies lie while it is made."""
-    return path.with_name(f".{path.name}.bodies.npy")
-
-
-def discard_bodies(path: Path) -> None:
-    """Remove what finding the bodies of a class map left."""
-    for folder in (partial_folder(bodies_of(path)), scratch_of(bodies_of(path))):
-        shutil.rmtree(folder, ignore_errors=True)
+def components_of(path: Path) -> Path:
+    """Where the ids of a class map's components lie while it is made."""
+    return path.with_name(f".{path.name}.components.npy")

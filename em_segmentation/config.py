@@ -322,12 +322,17 @@ class Config:
             yield "decoding.method: the pieces of a semantic class are components; expected decoding.method=components"
         if needed in ("boundary", "semantic") and decoding.method == "mutex":
             yield "decoding.method: mutex needs affinities; expected decoding.target=affinity"
-        bodies, classes = decoding.whole_bodies, list(range(1, targets.semantic_classes))
-        if bodies and (
-            "semantic" not in targets.names or not set(bodies) <= set(classes) or len(set(bodies)) < len(bodies)
-        ):
-            yield f"decoding.whole_bodies: expected different classes of the semantic target's {classes}, got {list(bodies)}"
+        yield from self._impossible_classes()
         yield from self._impossible_decoding()
+
+    def _impossible_classes(self) -> Iterator[str]:
+        exclusive, targets = self.decoding.exclusive_classes, self.targets
+        if exclusive and ("semantic" not in targets.names or targets.semantic_classes == 1):
+            yield "decoding.exclusive_classes: needs several semantic classes; expected decoding.exclusive_classes=[]"
+        elif exclusive:
+            classes = list(range(1, targets.semantic_classes))
+            if len(set(exclusive)) < max(2, len(exclusive)) or not set(exclusive) <= set(classes):
+                yield f"decoding.exclusive_classes: expected [], or two or more of {classes}, got {list(exclusive)}"
 
     def _impossible_decoding(self) -> Iterator[str]:
         """What only prediction would meet, after the training."""

@@ -47,7 +47,7 @@ class Decoding:
     small: Literal["remove", "join"] = "join"
     fill_holes: bool = False  # background that a single object encloses becomes part of it
     class_threshold: int = 128  # 0..255, of a single semantic class; eval.py chooses on validation
-    whole_bodies: tuple[int, ...] = ()  # semantic classes whose touching voxels get the one that most of them speak for
+    exclusive_classes: tuple[int, ...] = ()  # a connected component of them is the one with the most probability in it
     by_section: bool = False  # every section is a picture of its own, objects are 2D
     block_size: Triple = (128, 512, 512)  # voxels decoded at once; larger volumes go block by block
     executor: Literal["serial", "processes", "dask"] = "serial"  # where blocks are worked on

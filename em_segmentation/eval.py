@@ -6,7 +6,7 @@ python em_segmentation/eval.py --config em_segmentation/tutorials/fib25.yaml --c
 
 Finds the run of the same preset, YAML and words that train.py was given (or --run FOLDER, --checkpoint FILE.pt), predicts
 every validation and test volume, decodes instances where decoding.target says so, and reports the test volumes once. Writes
-results/metrics.json, the predictions and instances beside it, figures/ and report.html into the run's folder. Volumes are
+results/metrics.json, predictions, classes and instances beside it, figures/ and report.html into the run's folder. Volumes are
 judged whole: up to a few hundred million voxels; predict.py knows no such limit.
 """
 

@@ -17,18 +17,22 @@ def summary(verdict: Verdict, config: Config) -> str:
     """The few lines that matter."""
     figures, lines = verdict.figures, []
     if "semantic" in config.targets.names:
+        chosen = (
+            f", decoding.class_threshold={told('semantic_threshold', figures)}"
+            if "semantic_threshold" in figures
+            else ""
+        )
         for name in config.targets.semantic_names:
             lines.append(
                 f"test {name} Jaccard {figures[f'{name}_jaccard']:.3f} ({interval(figures, f'{name}_jaccard', config)}, "
                 f"n = {figures[f'{name}_pieces']} pieces of {figures['test_volumes']} volumes), "
-                f"Dice {figures[f'{name}_dice']:.3f}"
+                f"Dice {figures[f'{name}_dice']:.3f}{chosen}"
             )
             lines.append(f"  baseline {figures[f'baseline_{name}_jaccard']:.3f}: {figures[f'baseline_{name}']}")
             lines.append(f"  chance {figures[f'chance_{name}_jaccard']:.3f}: everything is {name}")
     if config.decoding.target != "none":
-        chosen = "chosen on validation" if figures["validation_volumes"] else "of the config"
         threshold = (
-            f", threshold {figures['instance_threshold']:.3f} {chosen}" if config.decoding.method != "mutex" else ""
+            "" if config.decoding.method == "mutex" else f", decoding.threshold={told('instance_threshold', figures)}"
         )
         lines += [
             f"test adapted Rand error {figures['adapted_rand_error']:.3f} ({interval(figures, 'adapted_rand_error', config)}, "
@@ -40,6 +44,12 @@ def summary(verdict: Verdict, config: Config) -> str:
             f"  chance {figures['chance_adapted_rand_error']:.3f}: everything is one object",
         ]
     return "\n".join(lines)
+
+
+def told(name: str, figures: Figures) -> str:
+    """A threshold as the constant that it was, and where it comes from."""
+    where = "chosen on validation" if figures["validation_volumes"] else "of the config"
+    return f"{round(255 * float(figures[name]))} ({where})"
 
 
 def interval(figures: Figures, name: str, config: Config) -> str:

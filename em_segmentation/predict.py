@@ -38,7 +38,7 @@ from common.volumes.finishing import check_target
 from common.volumes.opening import open_volume
 from common.volumes.streaming import partial_folder
 from common.volumes.volume import Volume
-from em_segmentation.class_maps import classes_identity, discard_bodies, write_classes
+from em_segmentation.class_maps import classes_identity, components_of, write_classes
 from em_segmentation.config import BASE, Config
 from em_segmentation.inference import load_model, rounding_cost, working_copy, written_channels
 from em_segmentation.model_defs.registry import SegmentationModel
@@ -195,7 +195,7 @@ def start_over(flags: argparse.Namespace, path: Path) -> None:
     """Drop what unfinished calls left."""
     for target in (path, *targets_of(flags)):
         discard(target)
-        discard_bodies(target)
+        discard(components_of(target))
 
 
 def tell(model: SegmentationModel, source: Source, config: Config) -> None:

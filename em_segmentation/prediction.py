@@ -273,7 +273,7 @@ def decode_whole(channels: ChannelReader, settings: Settings, identity: str, pat
     return streamed
 
 
-def decode_sections(channels: Channels, settings: Settings, identity: str, path: Path) -> StreamedVolume:
+def decode_sections(channels: ChannelReader, settings: Settings, identity: str, path: Path) -> StreamedVolume:
     """Sections one by one; those that are finished lie in the scratch folder until the type that holds all ids is known."""
     depth, height, width = channels.shape
     files = [scratch_of(path) / f"{identity}-sections" / f"{z}.npy" for z in range(depth)]

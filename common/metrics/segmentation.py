@@ -17,8 +17,7 @@ from common.errors import data_error
 Ids = npt.NDArray[np.unsignedinteger] | npt.NDArray[np.signedinteger]
 Counts = npt.NDArray[np.int64]
 Float = npt.NDArray[np.float64]
-SMALL_IDS = 2**24  # ids below it are numbered by a table, larger ones by sorting
-SMALL_TABLE = 2**22  # pairs of ids
+DENSE = 16  # places in a plain table per entry: fuller ones are faster than sorting, emptier ones slower
 BLOCK = 2**20  # voxels counted at once: they and what is made of them stay in the processor's cache
 
 
@@ -84,7 +83,7 @@ def _count_runs(truth: Ids, segmentation: Ids) -> Overlaps:
 
 def _numbered(labels: Ids) -> tuple[npt.NDArray[np.uint64], Counts]:
     """The ids there are, ascending, and each label's number among them (labels,)."""
-    if int(labels.max()) < SMALL_IDS:
+    if int(labels.max()) < DENSE * labels.size:
         places = labels.astype(np.intp)
         seen = np.zeros(int(labels.max()) + 1, np.bool_)
         seen[places] = True
@@ -96,8 +95,8 @@ def _numbered(labels: Ids) -> tuple[npt.NDArray[np.uint64], Counts]:
 def _sum_pairs(
     truth_ids: npt.NDArray[np.uint64], segment_ids: npt.NDArray[np.uint64], row: Counts, column: Counts, voxels: Counts
 ) -> Overlaps:
-    """One entry per pair; counted in a plain table where that is small, which is ten times as fast as a sparse one."""
-    if len(truth_ids) * len(segment_ids) <= SMALL_TABLE:
+    """One entry per pair."""
+    if len(truth_ids) * len(segment_ids) < DENSE * len(row):
         table = np.bincount(row * len(segment_ids) + column, voxels, len(truth_ids) * len(segment_ids))
         pairs = np.flatnonzero(table)
         rows, columns = np.divmod(pairs, len(segment_ids))

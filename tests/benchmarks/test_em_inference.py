@@ -2,12 +2,11 @@
 
 MONAI: windows of 96^3, overlap 0.5, float32, its defaults otherwise. Ours: larger windows with a quarter of overlap,
 Gaussian weights, bfloat16, channels last. Both masks are compared with the one of the untiled float32 network, which
-instance norm sees whole. Ours is the median of three rounds. Two threads; run alone for figures:
+instance norm sees whole. One round of MONAI's beside the slowest of three of ours. Two threads; run alone for figures:
 python -m pytest -m slow tests/benchmarks/test_em_inference.py -s
 """
 
 import copy
-import statistics
 import time
 from collections.abc import Callable
 
@@ -91,7 +90,7 @@ def test_windows_are_six_times_faster_than_the_references_at_equal_dice() -> Non
         return found[0]
 
     first, reference_round, *others = (timed(work) for work in (windows, sliding, windows, windows))
-    seconds = [statistics.median(one[0] for one in (first, *others)), reference_round[0]]
+    seconds = [max(one[0] for one in (first, *others)), reference_round[0]]
     whole = (model(image.contiguous(memory_format=torch.channels_last_3d))[0, 0] > 0).numpy()
     dice = [mask_score(whole, (one[1][0].float() > 0).numpy()).dice for one in (first, reference_round)]
     voxels = np.prod(SHAPE) / 1e3

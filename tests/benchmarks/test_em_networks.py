@@ -20,7 +20,7 @@ from em_segmentation.model_defs.swin_unetr import SwinUNETR, swin_unetr_key
 from em_segmentation.model_defs.unetr import UNETR, unetr_key
 from em_segmentation.model_defs.unets import BasicUNet3d, ResidualUNet3d, basic_unet_key, residual_unet_key
 
-ROUNDS = 6  # the first two make the memory warm
+ROUNDS = 6  # the first two are slow: memory is handed out for the first time
 FILTERS = (32, 64, 128, 256, 512)
 Case = tuple[Callable[[Any], nn.Module], Callable[[], nn.Module], Callable[[str], str | None], int]
 

@@ -62,9 +62,7 @@ def test_blocks_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     assert as_dict(add_overlaps([count_overlaps(truth[z], found[z]) for z in range(8)])) == whole
     monkeypatch.setattr(segmentation, "BLOCK", 37)
     assert as_dict(count_overlaps(truth, found)) == whole
-    monkeypatch.setattr(segmentation, "SMALL_IDS", 1)
-    assert as_dict(count_overlaps(truth, found)) == whole
-    monkeypatch.setattr(segmentation, "SMALL_TABLE", 0)
+    monkeypatch.setattr(segmentation, "DENSE", 0)
     assert as_dict(count_overlaps(truth, found)) == whole
 
 

@@ -1,5 +1,6 @@
-"""Class maps: every voxel by itself, or bodies as wholes, the same block by block; continued and recognised."""
+"""Class maps: every voxel by itself, or exclusive as wholes, the same block by block; continued and recognised."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import scipy.ndimage
 
 from common.errors import UserError
+from common.volumes import streaming
 from common.volumes.opening import open_volume
 from common.volumes.streaming import StreamedVolume, discard_streamed
 from em_segmentation import class_maps as module
@@ -48,13 +50,13 @@ def random_classes(num_classes: int, seed: int) -> np.ndarray:
     return np.clip(128 + 60 * smooth / smooth.std(), 0, 255).astype(np.uint8)
 
 
-def by_definition(values: np.ndarray, bodies: tuple[int, ...]) -> np.ndarray:
+def by_definition(values: np.ndarray, exclusive: tuple[int, ...]) -> np.ndarray:
     """Body by body in a loop; single voxels keep their class, which is what they speak for."""
     classes = values.argmax(0)
-    pieces, count = scipy.ndimage.label(np.isin(classes, bodies))
+    pieces, count = scipy.ndimage.label(np.isin(classes, exclusive))
     for number in range(1, count + 1):
         inside = pieces == number
-        classes[inside] = bodies[int(np.argmax([values[b][inside].sum(dtype=np.int64) for b in bodies]))]
+        classes[inside] = exclusive[int(np.argmax([values[b][inside].sum(dtype=np.int64) for b in exclusive]))]
     return classes
 
 
@@ -69,16 +71,16 @@ def test_several_classes_are_the_likeliest(tmp_path: Path) -> None:
     assert np.array_equal(written(tmp_path, config_of(4), 128), values.argmax(0))
 
 
-@pytest.mark.parametrize("bodies", [(1, 3), (3, 1), (1, 2, 3), (2,)])
+@pytest.mark.parametrize("exclusive", [(1, 3), (3, 1), (1, 2, 3)])
 @pytest.mark.parametrize("block", [(128, 512, 512), (8, 9, 10)])
 def test_a_body_is_of_one_class(
-    tmp_path: Path, bodies: tuple[int, ...], block: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, exclusive: tuple[int, ...], block: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "VALUES", 5000)  # three planes at once
+    monkeypatch.setattr(module, "PROBABILITIES_AT_ONCE", 10000)  # three planes at once
     values = prediction_at(tmp_path, random_classes(4, 2))
-    expected = by_definition(values, bodies)
-    assert len(bodies) == 1 or (expected != values.argmax(0)).any(), "the case must have mixed bodies"
-    found = written(tmp_path, config_of(4, whole_bodies=bodies, block_size=block), 128)
+    expected = by_definition(values, exclusive)
+    assert len(exclusive) == 1 or (expected != values.argmax(0)).any(), "the case must have mixed exclusive"
+    found = written(tmp_path, config_of(4, exclusive_classes=exclusive, block_size=block), 128)
     assert np.array_equal(found, expected)
 
 
@@ -86,53 +88,92 @@ def test_no_body_at_all(tmp_path: Path) -> None:
     values = np.zeros((3, *SHAPE), np.uint8)
     values[0] = 255
     prediction_at(tmp_path, values)
-    assert not written(tmp_path, config_of(3, whole_bodies=(1, 2)), 128).any()
+    assert not written(tmp_path, config_of(3, exclusive_classes=(1, 2)), 128).any()
 
 
-@pytest.mark.parametrize("step", ["write", "write_box", "finish"])
-@pytest.mark.parametrize("calls", [0, 2])
+KILLS = [("write", 0), ("write", 3), ("write_box", 2), ("create", 0), ("create", 1), ("discard", 0), ("finish", 0)]
+
+
+@pytest.mark.parametrize(("step", "calls"), KILLS)
 def test_a_killed_call_is_continued(tmp_path: Path, step: str, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While bodies are found or classes written; bodies that other settings left are no obstacle."""
-    monkeypatch.setattr(module, "VALUES", 5000)
+    """While components are found, classes written, or the target made: nothing is written twice, nothing is left."""
+    monkeypatch.setattr(module, "PROBABILITIES_AT_ONCE", 10000)
     values = prediction_at(tmp_path, random_classes(4, 3))
-    config = config_of(4, whole_bodies=(1, 3), block_size=(8, 9, 10))
-    original, left = getattr(StreamedVolume, step), [calls if step != "finish" else 0]
+    config = config_of(4, exclusive_classes=(1, 3), block_size=(8, 9, 10))
+    owner = {"create": streaming, "discard": module}[step] if step in ("create", "discard") else StreamedVolume
+    original, left = getattr(owner, step), [calls]
 
-    def dying(self: StreamedVolume, *arguments: object) -> None:
+    def dying(*arguments: object) -> object:
         if left[0] == 0:
             raise KeyboardInterrupt
         left[0] -= 1
-        original(self, *arguments)
+        return original(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(StreamedVolume, step, dying)
+        patched.setattr(owner, step, dying)
         with pytest.raises(KeyboardInterrupt):
             written(tmp_path, config, 128)
-    assert (tmp_path / ".c.npy.partial").exists()
-    if step == "write_box":
-        discard_streamed(tmp_path / "c.npy")  # as eval.py does for its own files
-        config = config_of(4, whole_bodies=(1, 2), block_size=(8, 9, 10))
-    assert np.array_equal(written(tmp_path, config, 128), by_definition(values, config.decoding.whole_bodies))
+    planes: list[int] = []
+    write = StreamedVolume.write
+    monkeypatch.setattr(
+        StreamedVolume,
+        "write",
+        lambda self, first, part: (planes.extend([first] * part.shape[1]), write(self, first, part)),
+    )
+    assert np.array_equal(written(tmp_path, config, 128), by_definition(values, (1, 3)))
+    finished = {"discard": SHAPE[0], "finish": SHAPE[0], "write": 3 * calls}
+    assert len(planes) == SHAPE[0] - finished.get(step, 0)
+
+
+def test_components_that_other_settings_left_are_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = prediction_at(tmp_path, random_classes(4, 3))
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(StreamedVolume, "write_box", raising(KeyboardInterrupt()))
+        written(tmp_path, config_of(4, exclusive_classes=(1, 3), block_size=(8, 9, 10)), 128)
+    discard_streamed(tmp_path / "c.npy")  # as eval.py does for its own files
+    found = written(tmp_path, config_of(4, exclusive_classes=(1, 2), block_size=(8, 9, 10)), 128)
+    assert np.array_equal(found, by_definition(values, (1, 2)))
+
+
+def raising(error: BaseException) -> Callable[..., None]:
+    def fail(*_: object) -> None:
+        raise error
+
+    return fail
+
+
+def test_sections_that_are_pictures_of_their_own_decide_alone(tmp_path: Path) -> None:
+    values = np.zeros((4, 2, 6, 6), np.uint8)
+    values[1, 0, 1:5, 1:5], values[3, 1, 1:5, 1:5], values[0] = 255, 200, 5
+    prediction_at(tmp_path, values)
+    found = written(tmp_path, config_of(4, exclusive_classes=(1, 3)), 128)
+    assert set(np.unique(found)) == {0, 1}, "one component through both"
+    found = written(tmp_path, config_of(4, exclusive_classes=(1, 3), by_section=True), 128)
+    assert np.array_equal(found, values.argmax(0))
 
 
 def test_what_a_class_map_is_made_from() -> None:
+    """Of several classes no threshold matters, of a single one no component."""
     config = config_of(4)
     first = classes_identity(config, 128, "it")
-    assert first == classes_identity(changed(config, decoding={"threshold": 3}), 128, "it")
-    others = [classes_identity(config, 127, "it"), classes_identity(config, 128, "another"),
-              classes_identity(changed(config, decoding={"whole_bodies": (1, 2)}), 128, "it")]  # fmt: skip
-    assert len({first, *others}) == 4
+    assert first == classes_identity(changed(config, decoding={"threshold": 3}), 127, "it")
+    exclusive = changed(config, decoding={"exclusive_classes": (1, 2)})
+    by_section = changed(exclusive, decoding={"by_section": True})
+    later = changed(config, targets={"affinity_offsets": ((1, 0, 0),)})
+    others = [classes_identity(one, 128, "it") for one in (exclusive, by_section, later, config_of(1))]
+    others += [classes_identity(config, 128, "another"), classes_identity(config_of(1), 127, "it")]
+    assert len({first, *others}) == 7
 
 
-@pytest.mark.parametrize("bodies", [(0, 1), (1, 1), (4,), (-1, 2)])
-def test_bodies_that_are_no_classes_are_told(bodies: tuple[int, ...]) -> None:
-    assert [line for line in config_of(4, whole_bodies=bodies).problems() if "whole_bodies" in line]
+@pytest.mark.parametrize("exclusive", [(0, 1), (1, 1), (4,), (-1, 2), (2,)])
+def test_exclusive_that_are_no_classes_are_told(exclusive: tuple[int, ...]) -> None:
+    assert [line for line in config_of(4, exclusive_classes=exclusive).problems() if "exclusive_classes" in line]
 
 
-def test_bodies_need_a_semantic_target() -> None:
+def test_exclusive_need_a_semantic_target() -> None:
     targets = {"names": ("affinity",), "weights": (1.0,), "label_channels": (0,)}
-    config = changed(small_config(), targets=targets, decoding={"whole_bodies": (1,)})
-    assert [line for line in config.problems() if "whole_bodies" in line]
+    config = changed(small_config(), targets=targets, decoding={"exclusive_classes": (1,)})
+    assert [line for line in config.problems() if "exclusive_classes" in line]
 
 
 def test_another_file_is_not_written_over(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def phantom_like() -> Config:
         PHANTOM,
         data={"voxel_size_nm": VOXEL_SIZE},
         targets={"semantic_classes": 1, "semantic_names": ("mitochondria",), "loss_functions": ()},
-        decoding={"thresholds": (200, 150, 100, 50), "whole_bodies": ()},
+        decoding={"thresholds": (200, 150, 100, 50), "exclusive_classes": ()},
     )
 
 
@@ -183,6 +183,15 @@ def test_several_classes(tmp_path: Path) -> None:
     assert found.figures["membrane_jaccard"] == found.figures["vesicle_jaccard"] == 1
     assert found.figures["chance_vesicle_jaccard"] == pytest.approx((labels[1] == 2).mean())
     assert found.instances is None
+    mixed = np.load(tmp_path / "p.npy")
+    mixed[1, labels[1] == 2], mixed[2, labels[1] == 2] = 100, 90  # a vesicle that touches a membrane and looks like one
+    np.save(tmp_path / "p.npy", mixed)
+    note_of(tmp_path / "p.npy").write_text("made from another")
+    open_streamed(tmp_path / "test_0_classes.npy", (1, *SHAPE), np.dtype(np.uint8), "of other settings")
+    prediction = open_volume(tmp_path / "p.npy", "czyx")
+    exclusive = changed(quick(config), decoding={"exclusive_classes": (2, 1)})
+    assert judge(roles, {"val": [], "test": [prediction]}, exclusive, tmp_path).figures["vesicle_jaccard"] < 1
+    assert set(np.unique(np.load(tmp_path / "test_0_classes.npy"))) == {0, 1}
     labels[1, 0, 0, 0] = 300
     strange = volume_at(tmp_path, "strange", labels)
     with pytest.raises(UserError, match=r"strange_labels\.npy: holds the classes 0 to 300; expected 0 to 2") as caught:

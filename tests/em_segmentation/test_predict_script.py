@@ -101,6 +101,26 @@ def test_classes_with_and_without_the_probabilities(folder: Path, capsys: pytest
         classes.unlink()
 
 
+def test_classes_that_are_there_are_recognised(folder: Path) -> None:
+    """Also where the probabilities are gone; another threshold makes others."""
+    words = [f"--classes={folder / 'mask.tif'}", "decoding.class_threshold=140", "data.voxel_size_nm=[30,8,8]"]
+    call(folder, *words)
+    assert open_volume(folder / "mask.tif", "auto").voxel_size_nm in (None, (30.0, 8.0, 8.0))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(script, "write_prediction", lambda *_: pytest.fail("it is finished"))
+        call(folder, *words)
+    written = (folder / "mask.tif").stat().st_mtime_ns
+    call(folder, words[0], "decoding.class_threshold=141", words[2])
+    assert (folder / "mask.tif").stat().st_mtime_ns != written
+
+
+def test_fresh_drops_what_was_left_of_components(folder: Path) -> None:
+    left = folder / "..mask.npy.components.npy.partial"
+    left.mkdir()
+    call(folder, f"--classes={folder / 'mask.npy'}", "--fresh")
+    assert not left.exists()
+
+
 def test_instances_as_png_slices(folder: Path) -> None:
     call(folder, f"--instances={folder / 'ids'}", "decoding.target=affinity")
     assert len(list((folder / "ids").glob("slice_*.png"))) == SHAPE[0]
@@ -153,6 +173,8 @@ def test_axes_and_voxel_size_of_the_input_may_be_told(folder: Path, capsys: pyte
         (["--output={f}/p.npy", "--instances={f}/p.npy", "decoding.target=affinity"], 2, "two are the same file"),
         (["--instances={f}/ids.npy"], 2, "--instances: decoding.target is none"),
         (["--instances={f}/ids.npy", "decoding.target=boundary"], 2, "decoding.target: boundary"),
+        (["--classes={f}/mask.jpg"], 2, "mask.jpg"),
+        (["--output={f}/p.npy", "--classes={f}/p.npy"], 2, "two are the same file"),
         (["--output={f}/p.npy", "model.filters=[3,4,6]"], 2, "after training only inference, decoding"),
         (["--output={f}/p.npy", "data.patch_size=[8,8,8]"], 2, "after training only inference, decoding"),
         (["--output={f}/p.npy", "inference.ttta=flips"], 2, "inference.ttta: no such constant; did you mean inference.tta?"),
