@@ -68,7 +68,7 @@ class Decoding:
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     iou_thresholds: tuple[float, ...] = (0.5, 0.75, 0.9)  # of instance average precision
-    boundary_tolerance_nm: float = 20.0  # of boundary F1, about a membrane's thickness
+    boundary_tolerance_nm: float = 30.0  # of boundary F1, about two membranes' thickness
     min_object_voxels: int = 0  # smaller true objects are not judged
     confidence: float = 0.95  # of the intervals
     bootstrap_resamples: int = 1000  # of pieces of the test volumes

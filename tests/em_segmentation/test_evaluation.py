@@ -15,6 +15,7 @@ from em_segmentation.evaluation import (
     boundary_figure,
     dark_as_boundary,
     dice_of,
+    grown_into_gaps,
     in_objects,
     instance_figures,
     interval_of_counts,
@@ -291,3 +292,18 @@ def test_boundaries_of_sections_that_are_pictures_of_their_own() -> None:
     settings = dataclasses.replace(SETTINGS, boundary_tolerance_nm=0.5)
     assert boundary_figure(everywhere(truth), found, (1, 1, 1), False, settings) == 1
     assert boundary_figure(everywhere(truth), found, (1, 1, 1), True, settings) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("by_section", [False, True])
+def test_membranes_that_are_labelled_0_are_one_boundary(by_section: bool) -> None:
+    """Found without a gap, in the middle of the true one, and beside it."""
+    truth = halves((2, 8, 16))
+    found = truth.copy()
+    truth[:, :, 6:10] = 0
+    settings = dataclasses.replace(SETTINGS, boundary_tolerance_nm=2.0)
+    assert boundary_figure(everywhere(truth), found, (1, 1, 1), by_section, settings) == 1
+    aside = np.where(np.arange(16) < 3, 1, found * 0 + 2)
+    assert boundary_figure(everywhere(truth), aside, (1, 1, 1), by_section, settings) == 0
+    ids = np.array([[[1, 0, 0, 0, 0, 0, 2]]])
+    assert grown_into_gaps(ids, (9, 9, 2), 4.0).tolist() == [[[1, 1, 1, 0, 2, 2, 2]]]
+    assert not grown_into_gaps(ids * 0, (1, 1, 1), 4.0).any()
