@@ -24,7 +24,8 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
-        raise data_error(f"{path}: cannot be written ({error.strerror}); nothing finished before it is lost") from error
+        reason = error.strerror or f"the disk is full? {error}"  # numpy's have no number and no words
+        raise data_error(f"{path}: cannot be written ({reason}); nothing finished before it is lost") from error
     finally:
         if partial.exists():
             partial.unlink()

@@ -4,7 +4,7 @@ python data/import_em.py fib25 SOURCE/training_sample2 data/original_data/em/fib
 python data/import_em.py isbi2012 SOURCE data/original_data/em/isbi2012
 python data/import_em.py vnc SOURCE/stack1 data/original_data/em/vnc
 
-fib25 (neuroproof_examples): image.npy (all sections) and labels.npy (bodies; as many sections as are labelled; needs h5py).
+fib25 (neuroproof_examples): image.npy and labels.npy (bodies) of the sections that are labelled; needs h5py.
 isbi2012: image.npy and labels.npy of the labelled sections, channel 0 = membrane (1), channel 1 = the cells that membranes
 part within each section; unlabelled.npy holds the other sections. vnc (groundtruth-drosophila-vnc): labels.npy with
 channel 0 = class (1 membrane, 2 mitochondrion, 3 synapse, 4 glia) and channel 1 = mitochondria.

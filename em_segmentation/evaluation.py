@@ -211,8 +211,9 @@ def interval_of_counts(counts: Counts, settings: Evaluation) -> Interval:
 def interval_of_rand(volumes: list[list[Overlaps]], settings: Evaluation) -> Interval:
     """Bootstrap interval of the adapted Rand error over pieces.
 
-    With piece k drawn w_k times, a group of n_k voxels in each has N = sum w_k n_k, and the sum of N (N - 1) over all
-    groups is w' G w - w' n for the pieces' products G: no resample needs the tables.
+    With piece k drawn w_k times, pairs of voxels inside it count w_k times and those between it and piece l w_k w_l n / (n - 1)
+    times, as often as in the sample in the mean; the copies of a piece have no pairs between them. The pieces' products G hold
+    all that is needed: no resample needs the tables. The interval is widened to hold the estimate.
     """
     tables = in_objects(volumes)
     table = add_overlaps(tables)
@@ -224,14 +225,18 @@ def interval_of_rand(volumes: list[list[Overlaps]], settings: Evaluation) -> Int
         for group in (table.row, table.column)
     )
     products = [(one @ one.T).toarray() for one in (pairs, pairs @ of_row, pairs @ of_column)]
-    voxels = pairs.sum(1)
+    within = [np.diag(one) - pairs.sum(1) for one in products]  # pairs of different voxels
+    between = [(one - np.diag(np.diag(one))) * len(tables) / max(1, len(tables) - 1) for one in products]
 
     def error(chosen: Counts) -> float:
         weights = np.bincount(chosen, minlength=len(tables)).astype(np.float64)
-        both, truth, segment = (float(weights @ one @ weights - weights @ voxels) for one in products)
+        both, truth, segment = (
+            float(weights @ far @ weights + weights @ near) for far, near in zip(between, within, strict=True)
+        )
         return 1 - 2 * both / (truth + segment) if truth + segment > 0 else 0.0
 
-    return interval_over_pieces(error, len(tables), settings)
+    found, estimate = interval_over_pieces(error, len(tables), settings), adapted_rand(table).error
+    return Interval(estimate, min(found.low, estimate), max(found.high, estimate))
 
 
 def row_of_pairs(piece: Overlaps, table: Overlaps) -> scipy.sparse.csr_array:

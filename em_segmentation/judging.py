@@ -108,6 +108,8 @@ def check_judged(volume: Annotated, config: Config) -> None:
 
 def judge(roles: Roles, predictions: Predictions, config: Config, folder: Path) -> Verdict:
     """All figures of the test volumes; everything that is chosen is chosen on the validation volumes."""
+    if not any(annotated_of(volume).any() for volume in roles["test"]):
+        raise data_error("test: no voxel is annotated (data.test_mask); expected some to judge")
     verdict = Verdict(
         {"test_volumes": len(roles["test"]), "validation_volumes": len(roles["val"])}, [], None, None
     )  # fmt: skip

@@ -50,6 +50,7 @@ from em_segmentation.prediction import (
     instances_identity,
     is_finished,
     note_of,
+    unfinished_identity,
     write_instances,
     write_prediction,
 )
@@ -76,6 +77,9 @@ def check_call(flags: argparse.Namespace, config: Config) -> None:
     named = [target.resolve() for target in targets_of(flags)]
     if flags.input is None or not named:
         raise config_error("--input and at least one of --output, --instances and --classes are needed; see --help")
+    for target in targets_of(flags):
+        if not target.name or any(f"{suffix}:" in str(target) for suffix in (".h5", ".hdf5", ".zarr", ".n5")):
+            raise config_error(f"{target}: no name of an output; expected FILE.npy, .h5, .zarr, .tif or a new folder")
     if len(set(named)) < len(named):
         raise config_error("--output, --instances, --classes: two are the same file; expected different names")
     if flags.instances is not None and config.decoding.target == "none":
@@ -108,6 +112,8 @@ def check_outputs(flags: argparse.Namespace, image: Volume, config: Config) -> N
         raise config_error(
             f"--input {flags.input}: has {image.num_channels} channels, the network takes {config.model.in_channels}"
         )
+    if image.path.resolve() in [target.resolve() for target in targets_of(flags)]:
+        raise config_error(f"--input {flags.input}: is an output too; expected different names")
     if flags.output is not None:
         num_channels = max(part.stop for part in written_channels(config.targets).values())
         check_target(flags.output, num_channels, np.dtype(np.uint8))
@@ -140,6 +146,7 @@ def predict(flags: argparse.Namespace, model: SegmentationModel, trained: Config
             config = dataclasses.replace(config, data=learnt)
             if flags.fresh:
                 first_rank_does(lambda: start_over(flags, path))
+            first_rank_does(lambda: check_unfinished(flags, source, config, path))
             is_done = all_ranks_do(lambda: not unmade(flags, source, config) and flags.output is None)
             if not is_done:
                 first_rank_does(lambda: tell(model, source, config))
@@ -162,19 +169,30 @@ def source_of(image: Volume, flags: argparse.Namespace, config: Config, trained:
     return Source(image, measure_scale(image, sections), sections, voxel_size, file_digest(flags.checkpoint))
 
 
+def wanted(flags: argparse.Namespace, source: Source, config: Config) -> dict[Path, str]:
+    """--instances and --classes with what they are made from."""
+    made_from, decoding = source.identity(config), config.decoding
+    targets = {}
+    if flags.instances is not None:
+        targets[flags.instances] = instances_identity(config, decoding.threshold, made_from)
+    if flags.classes is not None:
+        targets[flags.classes] = classes_identity(config, decoding.class_threshold, made_from)
+    return targets
+
+
+def check_unfinished(flags: argparse.Namespace, source: Source, config: Config, path: Path) -> None:
+    """A config error where a killed call of other settings left something: told before the work begins."""
+    for target, identity in (wanted(flags, source, config) | {path: source.identity(config)}).items():
+        if unfinished_identity(target) not in (None, identity):
+            raise config_error(
+                f"{target}: a killed call of other settings left its part beside it; the call as it was continues it, "
+                "--fresh drops it"
+            )
+
+
 def unmade(flags: argparse.Namespace, source: Source, config: Config) -> list[Path]:
     """Which of --instances and --classes are still to be made; a config error where one is another's file."""
-    made_from, decoding = source.identity(config), config.decoding
-    left = []
-    if flags.instances is not None and not is_finished(
-        flags.instances, instances_identity(config, decoding.threshold, made_from)
-    ):
-        left.append(flags.instances)
-    if flags.classes is not None and not is_finished(
-        flags.classes, classes_identity(config, decoding.class_threshold, made_from)
-    ):
-        left.append(flags.classes)
-    return left
+    return [target for target, identity in wanted(flags, source, config).items() if not is_finished(target, identity)]
 
 
 def finish_files(flags: argparse.Namespace, source: Source, config: Config, path: Path) -> None:
@@ -188,6 +206,8 @@ def finish_files(flags: argparse.Namespace, source: Source, config: Config, path
     if flags.output is None:
         path.unlink(missing_ok=True)
         note_of(path).unlink(missing_ok=True)
+    if flags.instances is not None and config.decoding.method != "mutex":
+        print(f"instances at decoding.threshold={decoding.threshold}; eval.py prints the one that validation chose")
     print(*targets_of(flags), sep="\n")
 
 

@@ -129,7 +129,13 @@ def forget_others(path: Path, identity: str) -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove all that is unfinished of a target."""
+    """Remove all that is unfinished of a target.
+
+    A call that was killed while it replaced an older target has noted its identity already: the older is not that.
+    """
+    note = note_of(path)
+    if note.exists() and unfinished_identity(path) == read_text(note):
+        write_text(note, "replaced by something that was given up")
     discard_streamed(path)
     if scratch_of(path).exists():
         shutil.rmtree(scratch_of(path))

@@ -46,9 +46,11 @@ FAST_STEPS = 2  # of --fast-dev-run, and its validation patches
 def fast(config: Config) -> Config:
     """A run of one short epoch that touches every part, in a folder of its own."""
     training = dataclasses.replace(config.training, max_epochs=1, steps_per_epoch=FAST_STEPS)
+    phantom = dataclasses.replace(config.phantom, train_volumes=1, validation_volumes=1, test_volumes=0)
     return dataclasses.replace(
         config,
         training=training,
+        phantom=phantom,
         data=dataclasses.replace(config.data, val_patches=FAST_STEPS),
         run=dataclasses.replace(config.run, name="fast-dev-run"),
     )

@@ -30,7 +30,7 @@ from em_segmentation.model_defs.registry import SegmentationModel
 from em_segmentation.objective import training_loss
 from em_segmentation.schedule import Record, ends_early, learning_rate_share, total_steps
 from em_segmentation.state import State, keep_best, resume, save
-from em_segmentation.validation import validate, validation_loader
+from em_segmentation.validation import num_readers, validate, validation_loader
 
 
 def micro_batch_size(config: Config, num_ranks: int) -> int:
@@ -175,7 +175,7 @@ def training_loader(
     return DataLoader(
         patch_stream(volumes, config),
         batch_sampler=plan,  # an iterator serves: it is walked once
-        num_workers=config.data.num_workers,
+        num_workers=num_readers(config),
         collate_fn=stack,
         pin_memory=device.type == "cuda",
         worker_init_fn=ignore_interrupts,

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,11 @@ def check_monitors(config: Config, validated: bool) -> None:
         raise config_error(*problems)
 
 
+def num_readers(config: Config) -> int:
+    """data.num_workers, but not more than there are processors; no bit depends on it."""
+    return min(config.data.num_workers, os.cpu_count() or 1)
+
+
 def validation_loader(volumes: Volumes, config: Config) -> DataLoader[Patch | UserError]:
     """This rank's share of the validation patches."""
     size = validation_size(volumes.val, config.data.patch_size) if volumes.val else config.data.patch_size
@@ -77,8 +83,8 @@ def validation_loader(volumes: Volumes, config: Config) -> DataLoader[Patch | Us
     return DataLoader(
         Subset(PatchList(volumes.val, places, size), mine),
         batch_size=1,  # so that no figure depends on how many processes share the patches
-        num_workers=config.data.num_workers,
-        persistent_workers=config.data.persistent_workers and config.data.num_workers > 0,
+        num_workers=num_readers(config),
+        persistent_workers=config.data.persistent_workers and num_readers(config) > 0,
         collate_fn=stack,
         worker_init_fn=ignore_interrupts,
     )

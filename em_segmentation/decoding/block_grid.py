@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from common.errors import data_error
 from em_segmentation.decoding.links import Slices, Triple, Volume
 from em_segmentation.decoding.region_graph import Ids
 from em_segmentation.decoding.settings import Settings
@@ -120,9 +121,13 @@ class Job:
     def save(self, name: str, table: Table) -> None:
         """Write a table, whole or not at all."""
         partial = self.scratch / f"{name}.{os.getpid()}.partial"
-        with partial.open("wb") as file:
-            np.save(file, table, allow_pickle=False)
-        partial.replace(self.scratch / f"{name}.npy")
+        try:
+            with partial.open("wb") as file:
+                np.save(file, table, allow_pickle=False)
+            partial.replace(self.scratch / f"{name}.npy")
+        except OSError as error:  # numpy's have no number
+            reason = error.strerror or f"the disk is full? {error}"
+            raise data_error(f"{self.scratch}: cannot be written ({reason}); the same command continues") from error
 
     def load(self, name: str) -> npt.NDArray[np.int64]:
         """A table of whole numbers."""

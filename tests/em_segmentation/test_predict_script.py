@@ -13,7 +13,8 @@ from common.errors import UserError
 from common.volumes.opening import open_volume
 from common.volumes.streaming import open_streamed, partial_folder
 from em_segmentation import predict as script
-from em_segmentation.prediction import note_of, scratch_of
+from em_segmentation import prediction
+from em_segmentation.prediction import note_of, scratch_of, whole
 from tests.em_segmentation.small_networks import changed, grey_volume, run_script, small_config, write_checkpoint
 
 SHAPE = (10, 20, 17)
@@ -114,6 +115,46 @@ def test_classes_that_are_there_are_recognised(folder: Path) -> None:
     assert (folder / "mask.tif").stat().st_mtime_ns != written
 
 
+@pytest.mark.parametrize("name", ["p.npy", "p.tif", "p.h5"])
+def test_fresh_after_a_kill_while_an_older_output_was_replaced(folder: Path, name: str) -> None:
+    """The note said already what the killed call would have made: the older file must not pass for it."""
+    path = folder / name
+    call(folder, f"--output={path}")
+    older = path.read_bytes()
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(prediction.StreamedVolume, "finish", raising)
+        call(folder, f"--output={path}", "inference.tta=flips")
+    assert path.read_bytes() == older
+    call(folder, f"--output={path}", "inference.tta=flips", "--fresh")
+    made = np.array(whole(open_volume(path, "auto")))
+    call(folder, f"--output={folder / 'other.npy'}", "inference.tta=flips")
+    assert np.array_equal(made, np.load(folder / "other.npy"))
+
+
+def raising(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_what_a_killed_call_of_other_settings_left_is_told_before_the_work(folder: Path) -> None:
+    words = [f"--instances={folder / 'ids.npy'}", "decoding.target=affinity"]
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(prediction.StreamedVolume, "write_box", raising)
+        call(folder, *words)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(script, "write_prediction", lambda *_: pytest.fail("told too late"))
+        error = complaint(folder, *words, "inference.tta=flips")
+    assert "a killed call of other settings left its part beside it" in error.problems[0] and error.exit_code == 2
+    call(folder, *words, "inference.tta=flips", "--fresh")
+
+
+def test_the_input_is_no_output(folder: Path) -> None:
+    before = (folder / "image.npy").read_bytes()
+    note_of(folder / "image.npy").write_text("it looks like one of ours")
+    error = complaint(folder, f"--classes={folder / 'image.npy'}")
+    assert "is an output too" in error.problems[0] and error.exit_code == 2
+    assert (folder / "image.npy").read_bytes() == before
+
+
 def test_fresh_drops_what_was_left_of_components(folder: Path) -> None:
     left = folder / "..mask.npy.components.npy.partial"
     left.mkdir()
@@ -167,13 +208,16 @@ def test_axes_and_voxel_size_of_the_input_may_be_told(folder: Path, capsys: pyte
         ([], 2, "--input and at least one of --output, --instances and --classes are needed"),
         (["--output={f}/p.xyz"], 2, "cannot write '.xyz'"),
         (["--output={f}/slices"], 2, "PNG slices hold no 4 channels of uint8"),
-        (["--output={f}/image.npy"], 2, "image.npy: exists and was not made by this program"),
-        (["--output={f}/p.npy", "--instances={f}/image.npy", "decoding.target=affinity"], 2,
-         "image.npy: exists and was not made by this program"),
+        (["--output={f}/image.npy"], 2, "image.npy: is an output too"),
+        (["--output={f}/foreign.npy"], 2, "foreign.npy: exists and was not made by this program"),
+        (["--output={f}/p.npy", "--instances={f}/foreign.npy", "decoding.target=affinity"], 2,
+         "foreign.npy: exists and was not made by this program"),
         (["--output={f}/p.npy", "--instances={f}/p.npy", "decoding.target=affinity"], 2, "two are the same file"),
         (["--instances={f}/ids.npy"], 2, "--instances: decoding.target is none"),
         (["--instances={f}/ids.npy", "decoding.target=boundary"], 2, "decoding.target: boundary"),
         (["--classes={f}/mask.jpg"], 2, "mask.jpg"),
+        (["--classes=."], 2, ".: no name of an output; expected FILE.npy"),
+        (["--output={f}/a.h5:seg/ids"], 2, "a.h5:seg/ids: no name of an output; expected FILE.npy"),
         (["--output={f}/p.npy", "--classes={f}/p.npy"], 2, "two are the same file"),
         (["--output={f}/p.npy", "model.filters=[3,4,6]"], 2, "after training only inference, decoding"),
         (["--output={f}/p.npy", "data.patch_size=[8,8,8]"], 2, "after training only inference, decoding"),
@@ -186,6 +230,7 @@ def test_axes_and_voxel_size_of_the_input_may_be_told(folder: Path, capsys: pyte
     ],
 )  # fmt: skip
 def test_bad_calls_are_told_in_one_line(folder: Path, words: list[str], code: int, expected: str) -> None:
+    np.save(folder / "foreign.npy", np.zeros(3))
     before = (folder / "image.npy").read_bytes()
     error = complaint(folder, *(word.format(f=folder) for word in words))
     assert error.exit_code == code
@@ -256,7 +301,7 @@ def test_fresh_drops_what_other_settings_left(folder: Path) -> None:
     open_streamed(folder / "p.npy", (4, *SHAPE), np.dtype(np.uint8), "another")
     scratch_of(folder / "ids.npy").mkdir()
     error = complaint(folder, *words)
-    assert "unfinished output of other settings" in error.problems[0]
+    assert "a killed call of other settings left its part beside it" in error.problems[0]
     assert call(folder, *words, "--fresh") == 0
     assert not scratch_of(folder / "ids.npy").exists()
 
