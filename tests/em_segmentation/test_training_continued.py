@@ -44,7 +44,7 @@ def test_killed_at_random_moments_a_run_ends_in_the_same_bits(
     done = run_command(script(in_folder(config, tmp_path, "reference"), tmp_path, processes, []))
     assert done.returncode == 0, done.stderr
     command = script(in_folder(config, tmp_path, "killed"), tmp_path, processes, [])
-    steps = killed_until_complete(command, tmp_path / "killed", random.Random(processes * 10 + workers), KILLS, 1.5)
+    steps = killed_until_complete(command, tmp_path / "killed", random.Random(processes * 10 + workers), KILLS, 0.6)
     assert len([step for step in steps if step < 160]) >= 2, "too few kills hit the run"
     assert_same(tmp_path / "reference", tmp_path / "killed")
 
