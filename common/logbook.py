@@ -34,18 +34,43 @@ def open_run(folder: Path, config: Any, identity: str, arguments: list[str]) -> 
     """
     recorded = folder / "identity.yaml"
     if recorded.exists() and read_text(recorded) != identity:
-        theirs = read_text(recorded).splitlines()
-        if not theirs:
+        theirs = read_text(recorded)
+        if not theirs.strip():
             raise data_error(f"{recorded}: is empty; it was damaged. Delete it if this folder is the run you mean")
-        differs = next(
-            (line.strip() for line in identity.splitlines() if line not in theirs), "another version's names"
-        )
         raise config_error(
-            f"run.name: {folder} holds a run of another config (here {differs}); choose another name, or --fresh"
+            f"run.name: {folder} holds a run of another config ({first_difference(identity, theirs)}); "
+            "choose another name, or --fresh"
         )
     write_text(recorded, identity)
     write_text(folder / "config.yaml", as_yaml(config))
     note_environment(folder / "environment.json", environment(arguments))
+
+
+def first_difference(here: str, there: str) -> str:
+    """The first constant in which two identities differ, as words: section.name: value here, another there."""
+    ours, theirs = constants_of(here), constants_of(there)
+    for name, value in ours.items():
+        if name not in theirs:
+            return f"{name}: {value} here, unknown there"
+        if theirs[name] != value:
+            return f"{name}: {value} here, {theirs[name]} there"
+    return "there are constants of another version"
+
+
+def constants_of(identity: str) -> dict[str, str]:
+    """section.name -> value of an identity: sections of YAML, each under a line of its own; lists may take many lines."""
+    lines = identity.splitlines()
+    constants, section, name = {}, "", ""
+    for line, following in zip(lines, [*lines[1:], ""], strict=True):
+        key, _, value = line.partition(":")
+        if line[:1] in ("-", " "):
+            constants[name] = f"{constants[name]} {line.strip()}".strip()
+        elif value or following[:1] in ("-", " "):
+            name = f"{section}.{key}" if section else key
+            constants[name] = value.strip()
+        else:
+            section = key
+    return constants
 
 
 def clear_run(folder: Path) -> None:

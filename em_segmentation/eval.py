@@ -26,6 +26,7 @@ from common.command import parse_config, script_parser
 from common.errors import config_error, run_script
 from common.files import write_text
 from common.lock import exclusive
+from common.logbook import first_difference
 from common.memory import keep_freed_memory
 from common.parallel import process_group
 from common.volumes.opening import split_location
@@ -41,9 +42,11 @@ from em_segmentation.volumes import Annotated, Role, check_apart, matching, open
 
 def check_same_run(trained: Config, config: Config, path: Path) -> None:
     """The best weights of a run must be those of these constants."""
-    if training_identity(trained) != training_identity(config):
+    there, here = training_identity(trained), training_identity(config)
+    if there != here:
         raise config_error(
-            f"{path}: was trained with other constants than these; give --run FOLDER and nothing that shapes it"
+            f"{path}: was trained with other constants than these ({first_difference(here, there)}); "
+            "give --run FOLDER and nothing that shapes it"
         )
 
 

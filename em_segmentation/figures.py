@@ -4,6 +4,8 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.colors import ListedColormap
 from torch import Tensor
 
 from common.figures import save_figure
@@ -11,14 +13,17 @@ from em_segmentation.augmentation import Patch
 from em_segmentation.config import Config
 from em_segmentation.evaluation import Curve
 from em_segmentation.objective import channel_ranges
-from em_segmentation.overlays import GREY_RANGE, id_colours, numbered, outlined
+from em_segmentation.overlays import GREY_RANGE, class_colour, id_colours, numbered, outlined
 from em_segmentation.targets import Target
 
 LEARNING_CURVES = ("train_loss", "val_loss")
 
 
 def draw_patch(batch: Patch, logits: Tensor, targets: list[Target], config: Config, path: Path) -> None:
-    """The middle section of one validation patch: image and labels; a channel of each target, wanted and found."""
+    """The middle section of one validation patch: image and labels; a channel of each target, wanted and found.
+
+    Grey: does not count (edges that leave the patch, voxels that are not annotated). Classes have the colours of overlays.
+    """
     z = batch.image.shape[2] // 2
     image = batch.image[0, 0, z].cpu().numpy()
     ranges = channel_ranges(config.targets)
@@ -37,9 +42,16 @@ def draw_patch(batch: Patch, logits: Tensor, targets: list[Target], config: Conf
     axes[1, 0].set_title("labels")
     for column, ((name, channels), target) in enumerate(zip(ranges.items(), targets, strict=True), 1):
         title, found, wanted = shown_channel(name, logits[0, channels, z], target.values[0, :, z], config)
+        valid = target.valid.expand_as(target.values)[0, -1 if name == "affinity" else 0, z].cpu().numpy()
         low, high = min(0.0, float(wanted.min())), max(1.0, float(wanted.max()))
+        map_of_colours = colormaps["viridis"].with_extremes(bad="0.5")  # grey: does not count
+        if title == "classes":
+            numbers = range(config.targets.semantic_classes)
+            map_of_colours = ListedColormap(["black", *map(class_colour, numbers[1:])]).with_extremes(bad="0.5")
+            low, high = -0.5, len(numbers) - 0.5
         for axis, values, words in zip(axes[:, column], (wanted, found), ("wanted", "found"), strict=True):
-            axis.imshow(values.float().cpu().numpy(), cmap="viridis", vmin=low, vmax=high, aspect=aspect)
+            counted = np.ma.masked_where(~valid, values.float().cpu().numpy())
+            axis.imshow(counted, cmap=map_of_colours, vmin=low, vmax=high, aspect=aspect, interpolation="nearest")
             axis.set_title(f"{title}: {words}")
     for axis in axes.flat:
         axis.set_xticks([])
@@ -88,15 +100,8 @@ def draw_thresholds(curves: list[Curve], path: Path) -> None:
         chosen = (curve.chosen / 255, curve.values[curve.thresholds.index(curve.chosen)])
         axis.plot(thresholds, values, color="#0072b2", marker="." if len(values) < 60 else "")
         axis.plot(*chosen, marker="o", ms=9, mfc="none", mec="#d55e00", mew=2)
-        axis.annotate(
-            f"{chosen[1]:.3f} at {chosen[0]:.2f}",
-            chosen,
-            (0, 12),
-            textcoords="offset points",
-            ha="center",
-            color="#d55e00",
-        )
-        axis.set(xlabel="threshold", title=f"{curve.name} on validation", xlim=(0, 1))
+        words = f"{curve.name} on validation\n{chosen[1]:.3f} at {chosen[0]:.2f}"
+        axis.set(xlabel="threshold", title=words, xlim=(0, 1))
         axis.margins(y=0.2)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)

@@ -89,10 +89,12 @@ def write_pages(verdict: Verdict, volumes: list[Annotated], config: Config, fold
 
 
 def figures_section(figures: Figures, config: Config) -> Section:
-    """The table of all figures."""
+    """The table of all figures but those of the table of classes."""
+    shown = {column for name in config.targets.semantic_names for column in columns_of_class(name)}
     rows = [["figure", "value"]] + [
         [name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value)]
         for name, value in figures.items()
+        if name not in shown
     ]
     where = (
         f"Thresholds were chosen on {figures['validation_volumes']} validation volumes."
@@ -110,12 +112,16 @@ def classes_section(figures: Figures, config: Config) -> Section:
     """One row per class."""
     rows = [["class", "Jaccard", f"{config.evaluation.confidence:.0%} interval", "Dice", "baseline Jaccard", "chance"]]
     for name in config.targets.semantic_names:
-        low, high = (figures[f"{name}_jaccard_{end}"] for end in ("low", "high"))
-        others = (figures[column] for column in (f"{name}_dice", f"baseline_{name}_jaccard", f"chance_{name}_jaccard"))
-        numbers = [f"{figures[f'{name}_jaccard']:.3f}", f"{low:.3f} to {high:.3f}", *(f"{one:.3f}" for one in others)]
-        rows.append([name, *numbers])
+        jaccard, low, high, *others = (f"{figures[column]:.3f}" for column in columns_of_class(name))
+        rows.append([name, jaccard, f"{low} to {high}", *others])
     text = "Baseline: Otsu's threshold of the raw image, on the side that is better on validation. Chance: all of it."
     return Section("Classes", text, rows, None, "")
+
+
+def columns_of_class(name: str) -> list[str]:
+    """The figures in a row of the table of classes."""
+    ends = (f"{name}_jaccard", f"{name}_jaccard_low", f"{name}_jaccard_high", f"{name}_dice")
+    return [*ends, f"baseline_{name}_jaccard", f"chance_{name}_jaccard"]
 
 
 def shown_of(verdict: Verdict, volume: Annotated, config: Config) -> Shown:

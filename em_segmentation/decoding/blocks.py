@@ -36,19 +36,6 @@ from em_segmentation.decoding.watershed import Passes, compacted, followed, join
 BATCH = 32  # blocks whose graphs are added at once; bounds the memory
 
 
-def segment_blocks(
-    reader: ChannelReader, writer: LabelWriter, settings: Settings, block: Triple, scratch: Path, executor: Executor
-) -> int:
-    """Write the instances of a volume, equal to pipeline.segment of it, and return how many there are.
-
-    block: edges in voxels; scratch: a folder of this volume's alone, which takes about 4 bytes per voxel (8 where
-    holes are filled) and may be deleted afterwards. Raises a config error where the folder holds tables of other settings.
-    """
-    decoded = decode_blocks(reader, settings, block, scratch, executor)
-    write_decoded(decoded, writer, executor)
-    return decoded.num_objects
-
-
 @dataclasses.dataclass(frozen=True)
 class Decoded:
     """A volume of which every block's final ids are known but not written."""
@@ -65,7 +52,11 @@ class Decoded:
 def decode_blocks(
     reader: ChannelReader, settings: Settings, block: Triple, scratch: Path, executor: Executor
 ) -> Decoded:
-    """All but the last pass."""
+    """All passes but the last; with write_decoded the instances equal those of pipeline.segment.
+
+    block: edges in voxels; scratch: a folder of this volume's alone, which takes about 4 bytes per voxel (8 where
+    holes are filled) and may be deleted afterwards. Raises a config error where the folder holds tables of other settings.
+    """
     check_input(reader.num_channels, np.dtype(np.uint8), settings)
     if min(block) < 1:
         raise config_error(f"block: {block} (expected three edges of at least 1 voxel): correct it")

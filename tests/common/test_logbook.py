@@ -20,7 +20,7 @@ from common import logbook
 from common.errors import BAD_DATA, WRONG_CALL, UserError
 from common.logbook import VERSIONED, Scalars, clear_run, environment, open_run, progress, read_metrics, write_metrics
 
-IDENTITY = "train:\n  seed: 1\n  steps: 10\n"
+IDENTITY = "train:\nseed: 1\nsteps: 10\nshape:\n- 1\n- - 2\n  - 3\nmodel:\nsteps: 4\n"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,9 +102,11 @@ def test_a_damaged_metrics_table_is_named(tmp_path: Path, content: bytes | None)
 @pytest.mark.parametrize(
     ("identity", "shown"),
     [
-        ("train:\n  seed: 2\n  steps: 11\n", "seed: 2"),
-        ("train:\n  seed: 1\n  steps: 10\n  rate: 3\n", "rate: 3"),
-        ("train:\n  seed: 1\n", "another version's names"),
+        (IDENTITY.replace("seed: 1", "seed: 2").replace("10", "11"), "train.seed: 2 here, 1 there"),
+        (IDENTITY.replace("- 3", "- 9"), "train.shape: - 1 - - 2 - 9 here, - 1 - - 2 - 3 there"),
+        (IDENTITY + "rate: 3\n", "model.rate: 3 here, unknown there"),
+        (IDENTITY.replace("steps: 4", "steps: 5"), "model.steps: 5 here, 4 there"),
+        ("train:\nseed: 1\n", "there are constants of another version"),
     ],
 )
 def test_a_folder_of_another_run_is_refused_and_left_as_it_is(tmp_path: Path, identity: str, shown: str) -> None:
@@ -114,7 +116,7 @@ def test_a_folder_of_another_run_is_refused_and_left_as_it_is(tmp_path: Path, id
         open_run(tmp_path, Constants(steps=11), identity, ["second"])
     assert caught.value.exit_code == WRONG_CALL
     (problem,) = caught.value.problems
-    assert problem.startswith(f"run.name: {tmp_path} holds a run of another config (here {shown});")
+    assert problem.startswith(f"run.name: {tmp_path} holds a run of another config ({shown});")
     assert content(tmp_path) == before
 
 

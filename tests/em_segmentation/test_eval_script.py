@@ -74,7 +74,7 @@ def test_a_run_is_measured(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     ("words", "expected"),
     [
         (["--checkpoint={f}/none.pt"], "no trained weights at"),
-        (["model.filters=[3,4,9]"], "was trained with other constants than these"),
+        (["model.filters=[3,4,9]"], "was trained with other constants than these (model.filters: - 3 - 4 - 9 here, - "),
         (["data.test_image=[]", "data.test_label=[]", "--checkpoint={f}/runs/run/checkpoints/best.pt"],
          "expected labelled volumes to judge the weights on"),
         (["data.test_label=[]", "--checkpoint={f}/runs/run/checkpoints/best.pt"], "has no labels"),
