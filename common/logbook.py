@@ -60,7 +60,8 @@ def first_difference(here: str, there: str) -> str:
 def constants_of(identity: str) -> dict[str, str]:
     """section.name -> value of an identity: sections of YAML, each under a line of its own; lists may take many lines."""
     lines = identity.splitlines()
-    constants, section, name = {}, "", ""
+    constants: dict[str, str] = {}
+    section = name = ""
     for line, following in zip(lines, [*lines[1:], ""], strict=True):
         key, _, value = line.partition(":")
         if line[:1] in ("-", " "):
