@@ -4,78 +4,22 @@ Hatamizadeh et al. 2022, "Swin UNETR: Swin transformers for semantic segmentatio
 for weight the network that MONAI calls SwinUNETR (first version): swin_unetr_key maps its state dict onto ours.
 """
 
-import itertools
+import math
 import re
 
 import torch
 from torch import Tensor, nn
 
+from common.attention import Windows, relative_positions, window_attention
 from em_segmentation.model_defs.convolution import Conv3d, Pointwise, channels_last
 from em_segmentation.model_defs.unetr import ResidualBlock, UpBlock
-from em_segmentation.model_defs.window_attention import window_attention
 
-Triple = tuple[int, int, int]
 STEP = 32  # voxels that every edge is a multiple of
-WINDOW = 7  # cells along each axis
+WINDOW = (7, 7, 7)  # cells; never wider than the map
 HEADS = (3, 6, 12, 24)  # of the four stages
 DEPTH = 2  # blocks of a stage: one with windows in place, one with shifted windows
 MLP_RATIO = 4
-FORBIDDEN = -100.0  # added to the scores of cells that only the cyclic shift made neighbours
 MERGED = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1))  # cells of 2^3
-
-
-class Windows:
-    """How maps of one size fall into windows, shifted or not; a window is never wider than the map."""
-
-    def __init__(self, size: Triple, shifted: bool, device: torch.device) -> None:
-        self.size = size
-        self.edges = [min(WINDOW, n) for n in size]
-        self.shifts = [WINDOW // 2 if shifted and n > WINDOW else 0 for n in size]
-        self.counts = [-(-n // edge) for n, edge in zip(size, self.edges, strict=True)]
-        self.padding = [count * edge - n for count, edge, n in zip(self.counts, self.edges, size, strict=True)]
-        self.masks, self.kinds = self._masks(device)
-
-    def _masks(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(M, n, n) and (windows,): pairs of cells that are in one window by the cyclic shift alone.
-
-        Along a shifted axis only the last window holds such cells, so that eight masks serve all windows.
-        """
-        regions = [  # of the cells of the last window along each axis
-            torch.where(torch.arange(edge) < edge - shift, 0, 1) if shift else torch.zeros(edge, dtype=torch.long)
-            for edge, shift in zip(self.edges, self.shifts, strict=True)
-        ]
-        masks = []
-        for last in itertools.product((0, 1), repeat=3):
-            labels = [region * axis for region, axis in zip(regions, last, strict=True)]
-            z, y, x = torch.meshgrid(*labels, indexing="ij")
-            label = (4 * z + 2 * y + x).flatten()  # (n,)
-            masks.append(torch.where(label[:, None] != label[None], FORBIDDEN, 0.0))
-        last_along = [
-            (torch.arange(count) == count - 1) & (shift > 0)
-            for count, shift in zip(self.counts, self.shifts, strict=True)
-        ]
-        z, y, x = torch.meshgrid(*last_along, indexing="ij")
-        kinds = (4 * z.long() + 2 * y.long() + x.long()).flatten()  # (windows,)
-        return torch.stack(masks).to(device), torch.where(kinds == 0, -1, kinds).to(device)
-
-    def split(self, x: Tensor) -> Tensor:
-        """(B, z, y, x, C) -> (B * windows, n, C)."""
-        (pz, py, px), (cz, cy, cx), (ez, ey, ex) = self.padding, self.counts, self.edges
-        if pz or py or px:
-            x = nn.functional.pad(x, (0, 0, 0, px, 0, py, 0, pz))
-        if any(self.shifts):
-            x = torch.roll(x, [-shift for shift in self.shifts], (1, 2, 3))
-        cells = x.view(len(x), cz, ez, cy, ey, cx, ex, -1).permute(0, 1, 3, 5, 2, 4, 6, 7)
-        return cells.reshape(-1, ez * ey * ex, x.shape[-1])
-
-    def join(self, windows: Tensor) -> Tensor:
-        """The inverse of split."""
-        (cz, cy, cx), (ez, ey, ex), (z, y, x) = self.counts, self.edges, self.size
-        cells = windows.view(-1, cz, cy, cx, ez, ey, ex, windows.shape[-1]).permute(0, 1, 4, 2, 5, 3, 6, 7)
-        volume = cells.reshape(-1, cz * ez, cy * ey, cx * ex, windows.shape[-1])
-        if any(self.shifts):
-            volume = torch.roll(volume, self.shifts, (1, 2, 3))
-        return volume[:, :z, :y, :x]
 
 
 class SwinBlock(nn.Module):
@@ -87,9 +31,9 @@ class SwinBlock(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.position_bias = nn.Parameter(torch.zeros((2 * WINDOW - 1) ** 3, heads))
+        self.position_bias = nn.Parameter(torch.zeros(math.prod(2 * n - 1 for n in WINDOW), heads))
         nn.init.trunc_normal_(self.position_bias, std=0.02)
-        self.register_buffer("relative_position", relative_position(), persistent=False)
+        self.register_buffer("relative_position", relative_positions(WINDOW), persistent=False)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
         self.mlp = nn.Sequential(
@@ -112,15 +56,6 @@ class SwinBlock(nn.Module):
         return heads
 
 
-def relative_position() -> Tensor:
-    """(343, 343): the number of the offset between two cells of a full window, of 13^3."""
-    axis = torch.arange(WINDOW)
-    cells = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij")).flatten(1)  # (3, n)
-    z, y, x = cells[:, :, None] - cells[:, None] + WINDOW - 1  # (n, n) each, 0..12
-    number: Tensor = (z * (2 * WINDOW - 1) + y) * (2 * WINDOW - 1) + x
-    return number
-
-
 class Stage(nn.Module):
     """Two blocks, then 2^3 cells merged into one of twice the width: (B, z, y, x, C) -> (B, z/2, y/2, x/2, 2C)."""
 
@@ -133,7 +68,7 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         size = (x.shape[1], x.shape[2], x.shape[3])
         for number, block in enumerate(self.blocks):
-            x = block(x, Windows(size, number % 2 == 1, x.device))
+            x = block(x, Windows(size, WINDOW, number % 2 == 1, True, x.device))
         cells = torch.cat([x[:, dz::2, dy::2, dx::2] for dz, dy, dx in MERGED], -1)  # (B, z/2, y/2, x/2, 8C)
         merged: Tensor = self.reduction(self.norm(cells))
         return merged

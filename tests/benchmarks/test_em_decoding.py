@@ -1,7 +1,7 @@
 """Watershed and decoding of 256^3 voxels of cortex beside scikit-image's watershed on the same boundary map and seeds.
 
-The boundary map is made from real labels: their boundaries, blurred, with noise. Both run in one process, alternating,
-the best of two rounds each. Run alone for figures: python -m pytest -m slow tests/benchmarks/test_em_decoding.py -s
+The boundary map is made from real labels: their boundaries, blurred, with noise. Both run in one process, theirs once
+between two rounds of ours, of which the slower counts. Run alone for figures: python -m pytest -m slow tests/benchmarks/test_em_decoding.py -s
 """
 
 import os
@@ -24,7 +24,6 @@ from em_segmentation.decoding.settings import Settings
 from em_segmentation.decoding.watershed import VOLUME_AXES, seeded_watershed, watershed
 
 SETTINGS = Settings(input="boundary", min_depth=5, threshold=128)
-ROUNDS = 2
 
 
 @pytest.fixture(scope="module")
@@ -45,15 +44,15 @@ def boundary(truth: npt.NDArray[np.uint16]) -> Volume:
     return volume
 
 
-def fastest(works: list[Callable[[], npt.NDArray[np.integer]]]) -> list[tuple[float, npt.NDArray[np.integer]]]:
-    """Seconds of the best round and the result of each, in turns."""
-    seconds, results = [float("inf")] * len(works), [np.empty(0, np.int32)] * len(works)
-    for _ in range(ROUNDS):
-        for i, work in enumerate(works):
-            began = time.perf_counter()
-            results[i] = work()
-            seconds[i] = min(seconds[i], time.perf_counter() - began)
-    return list(zip(seconds, results, strict=True))
+def timed(work: Callable[[], npt.NDArray[np.integer]]) -> tuple[float, npt.NDArray[np.integer]]:
+    began = time.perf_counter()
+    result = work()
+    return time.perf_counter() - began, result
+
+
+def slowest(rounds: list[list[tuple[float, npt.NDArray[np.integer]]]]) -> list[tuple[float, npt.NDArray[np.integer]]]:
+    """Of the rounds of several works, the seconds of each work's slowest, and its result."""
+    return [(max(seconds for seconds, _ in one), one[-1][1]) for one in zip(*rounds, strict=True)]
 
 
 def rand_error(truth: npt.NDArray[np.uint16], fragments: Ids, boundary: Volume) -> float:
@@ -72,14 +71,14 @@ def test_watershed_is_three_times_as_fast_as_scikit_image_and_no_worse(
     heights, depth = height_map.heights, SETTINGS.min_depth * height_map.scale
     fragments = watershed(height_map, mask, VOLUME_AXES, depth)
     seeds = floors_of(fragments, heights)
-    (ours, own), (seeded, grown), (whole, _), (theirs, other) = fastest(
-        [
-            lambda: watershed(height_map, mask, VOLUME_AXES, depth),
-            lambda: seeded_watershed(height_map, seeds, mask, VOLUME_AXES),
-            lambda: segment(boundary, SETTINGS),
-            lambda: peer.watershed(heights, seeds),
-        ]
-    )
+    works: list[Callable[[], npt.NDArray[np.integer]]] = [
+        lambda: watershed(height_map, mask, VOLUME_AXES, depth),
+        lambda: seeded_watershed(height_map, seeds, mask, VOLUME_AXES),
+        lambda: segment(boundary, SETTINGS),
+    ]
+    before = [timed(work) for work in works]
+    theirs, other = timed(lambda: peer.watershed(heights, seeds))
+    (ours, own), (seeded, grown), (whole, _) = slowest([before, [timed(work) for work in works]])
     errors = [rand_error(truth, np.asarray(labels, np.int32), boundary) for labels in (own, grown, other)]
     print(f"\n{int(seeds.max())} seeds: watershed that finds them {ours:.2f} s, rand error {errors[0]:.4f}")
     print(f"with given seeds {seeded:.2f} s, {errors[1]:.4f}; scikit-image with seeds {theirs:.2f} s, {errors[2]:.4f}")
