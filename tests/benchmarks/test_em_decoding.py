@@ -1,7 +1,8 @@
 """Watershed and decoding of 256^3 voxels of cortex beside scikit-image's watershed on the same boundary map and seeds.
 
 The boundary map is made from real labels: their boundaries, blurred, with noise. Both run in one process, theirs once
-between two rounds of ours, of which the slower counts. Run alone for figures: python -m pytest -m slow tests/benchmarks/test_em_decoding.py -s
+between two rounds of ours, of which the slower counts. Run alone for figures:
+python -m pytest -m slow tests/benchmarks/test_em_decoding.py -s
 """
 
 import os
