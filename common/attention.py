@@ -92,15 +92,22 @@ def relative_positions(window: tuple[int, ...]) -> Tensor:
 def window_attention(qkv: Tensor, bias: Tensor, masks: Tensor, kinds: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d) + bias + mask) v of every window and head -> (windows, n, heads * d).
 
-    qkv: (windows, n, 3, heads, d); bias: (heads, n, n); masks: (M, n, n), added; kinds: (windows,) says which mask a
-    window has, a negative number none.
+    qkv: (windows, n, 3, heads, d); bias: (heads, n, n); masks: (M, n, n), added, without a gradient; kinds: (windows,)
+    says which mask a window has, a negative number none. All of one floating type.
     """
+    assert qkv.dtype == bias.dtype == masks.dtype, f"Expected one type, got {qkv.dtype}, {bias.dtype}, {masks.dtype}"
     if qkv.device.type == "cpu":
-        return _WindowAttention.apply(qkv, bias, masks, kinds)  # type: ignore[no-any-return, no-untyped-call]
+        with torch.autocast("cpu", enabled=False):  # the types of what is kept must be those of the gradients
+            return _WindowAttention.apply(qkv, bias, masks, kinds)  # type: ignore[no-any-return, no-untyped-call]
+    return fused_window_attention(qkv, bias, masks, kinds)
+
+
+def fused_window_attention(qkv: Tensor, bias: Tensor, masks: Tensor, kinds: Tensor) -> Tensor:
+    """window_attention by torch's own attention, which is fast on a GPU."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (windows, heads, n, d)
     none = torch.zeros_like(masks[:1])
     added = bias + torch.cat([none, masks])[kinds + 1][:, None]  # (windows, heads, n, n)
-    heads = nn.functional.scaled_dot_product_attention(q, k, v, added.to(q.dtype))
+    heads = nn.functional.scaled_dot_product_attention(q, k, v, added)
     return heads.transpose(1, 2).flatten(2)
 
 

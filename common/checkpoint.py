@@ -20,6 +20,17 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
     write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
 
+def read_plain(path: Path) -> Any:
+    """What torch.save wrote, without executing any pickle; a data error names what is wrong."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError, OSError) as error:
+        reason = str(error).partition("\n")[0] or "it ends too early"
+        raise data_error(f"{path}: not a readable checkpoint ({reason})") from error
+    except Exception as error:  # UnpicklingError of several modules: a pickle that would have run code
+        raise data_error(f"{path}: not a checkpoint of plain tensors ({type(error).__name__}); refused") from error
+
+
 def load_checkpoint(path: Path, kind: str, entries: dict[str, type]) -> dict[str, Any]:
     """Load a checkpoint of one kind (its "kind" entry) without executing any pickle; a data error names what is wrong.
 
@@ -27,13 +38,7 @@ def load_checkpoint(path: Path, kind: str, entries: dict[str, type]) -> dict[str
     """
     if not path.is_file():
         raise data_error(f"{path}: no such checkpoint; expected the .pt file that train.py wrote (checkpoints/best.pt)")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError, OSError) as error:
-        reason = str(error).partition("\n")[0] or "it ends too early"
-        raise data_error(f"{path}: not a readable checkpoint ({reason})") from error
-    except Exception as error:  # UnpicklingError of several modules: a pickle that would have run code
-        raise data_error(f"{path}: not a checkpoint of plain tensors ({type(error).__name__}); refused") from error
+    state = read_plain(path)
     if not isinstance(state, dict) or "kind" not in state or state["kind"] != kind:
         found = state["kind"] if isinstance(state, dict) and "kind" in state else "something else"
         raise data_error(f"{path}: expected a checkpoint of {kind}, found {found}; give the .pt file of such a run")

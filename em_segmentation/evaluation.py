@@ -23,6 +23,8 @@ from common.metrics.segmentation import (
     cremi_score,
     foreground_rand,
     instance_scores,
+    jaccard,
+    mask_overlap,
     variation_of_information,
     without_truth,
 )
@@ -48,22 +50,7 @@ def pieces(shape: tuple[int, ...]) -> list[Slices]:
 
 def mask_counts(truth: Mask, found: Mask, annotated: Mask) -> Counts:
     """Per piece: voxels of both, of the truth, of what was found; (pieces, 3)."""
-    rows = []
-    for where in pieces(truth.shape):
-        t, f, a = truth[where], found[where], annotated[where]
-        rows.append([int((t & f & a).sum()), int((t & a).sum()), int((f & a).sum())])
-    return np.array(rows, np.int64)
-
-
-def jaccard_of(counts: Counts) -> float:
-    """Jaccard index of pooled counts (pieces, 3); 1 where there is nothing and nothing was found."""
-    both, truth, found = counts.sum(0)
-    return float(both / (truth + found - both)) if truth + found else 1.0
-
-
-def dice_of(counts: Counts) -> float:
-    both, truth, found = counts.sum(0)
-    return float(2 * both / (truth + found)) if truth + found else 1.0
+    return np.stack([mask_overlap(truth[where], found[where], annotated[where]) for where in pieces(truth.shape)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +192,7 @@ def instance_figures(volumes: list[list[Overlaps]], settings: Evaluation) -> dic
 
 def interval_of_counts(counts: Counts, settings: Evaluation) -> Interval:
     """Bootstrap interval of the Jaccard index over pieces."""
-    return interval_over_pieces(lambda chosen: jaccard_of(counts[chosen]), len(counts), settings)
+    return interval_over_pieces(lambda chosen: jaccard(counts[chosen]), len(counts), settings)
 
 
 def interval_of_rand(volumes: list[list[Overlaps]], settings: Evaluation) -> Interval:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from common.errors import config_error, data_error
 from common.files import file_digest, read_text
 from common.logbook import progress
+from common.metrics.segmentation import dice, jaccard
 from common.volumes.volume import Volume
 from em_segmentation.class_maps import classes_identity, write_classes
 from em_segmentation.config import Config
@@ -31,12 +32,10 @@ from em_segmentation.evaluation import (
     best_mask_threshold,
     boundary_figure,
     dark_as_boundary,
-    dice_of,
     instance_figures,
     interval_of_counts,
     interval_of_rand,
     jaccard_curve,
-    jaccard_of,
     mask_counts,
     otsu_threshold,
     overlap_pieces,
@@ -185,10 +184,10 @@ def class_figures(name: str, counts: npt.NDArray[np.int64], judged: int, setting
     """The figures of one class from its counts (pieces, 3); judged: annotated voxels."""
     interval = interval_of_counts(counts, settings)
     return {
-        f"{name}_jaccard": jaccard_of(counts),
+        f"{name}_jaccard": jaccard(counts),
         f"{name}_jaccard_low": interval.low,
         f"{name}_jaccard_high": interval.high,
-        f"{name}_dice": dice_of(counts),
+        f"{name}_dice": dice(counts),
         f"{name}_pieces": len(counts),
         f"chance_{name}_jaccard": float(counts[:, 1].sum() / max(1, judged)),
     }
@@ -227,7 +226,7 @@ def otsu_jaccard(volumes: list[Annotated], config: Config, number: int, dark: bo
         image = image_of(volume)
         below = image < otsu_threshold(image)
         counts.append(mask_counts(semantic_truth(volume, config) == number, below == dark, annotated_of(volume)))
-    return jaccard_of(np.concatenate(counts))
+    return jaccard(np.concatenate(counts))
 
 
 def truth_channel(config: Config) -> int:

@@ -199,11 +199,25 @@ class Channels:
         return 255 - found if self.inverted else found
 
 
-def decoded_channels(prediction: Volume, config: Config) -> Channels:
-    """What instances are made of, as the decoder reads it: affinities, or a map that is 255 on boundaries."""
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """Which channels of a prediction instances are made of; inverted: they are 255 inside objects."""
+
+    channels: slice
+    inverted: bool
+
+
+def decoded_of(config: Config) -> Decoded:
+    """What decoding.target means: affinities, or a map that is 255 on boundaries."""
     target = config.decoding.target
     name = "semantic" if target == "membrane" else target
-    return Channels(prediction, written_channels(config.targets)[name], target == "semantic")
+    return Decoded(written_channels(config.targets)[name], target == "semantic")
+
+
+def decoded_channels(prediction: Volume, config: Config) -> Channels:
+    """What instances are made of, as the decoder reads it."""
+    decoded = decoded_of(config)
+    return Channels(prediction, decoded.channels, decoded.inverted)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +233,7 @@ class BoxWriter:
 def instances_identity(config: Config, threshold: int, made_from: str) -> str:
     """Changes with all that instances depend on; made_from: the prediction's identity."""
     settings = settings_of(config.decoding, config.targets, threshold)
-    facts = f"{made_from} {settings} {config.decoding.by_section}"
+    facts = f"{made_from} {settings} {config.decoding.by_section} {decoded_of(config)}"
     return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 

@@ -17,6 +17,7 @@ from common.errors import data_error
 Ids = npt.NDArray[np.unsignedinteger] | npt.NDArray[np.signedinteger]
 Counts = npt.NDArray[np.int64]
 Float = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
 DENSE = 16  # places in a plain table per entry: fuller ones are faster than sorting, emptier ones slower
 BLOCK = 2**20  # voxels counted at once: they and what is made of them stay in the processor's cache
 
@@ -232,23 +233,22 @@ def instance_scores(table: Overlaps, thresholds: tuple[float, ...]) -> list[Inst
     return scores
 
 
-@dataclasses.dataclass(frozen=True)
-class MaskScore:
-    """Agreement of two masks; both 1 where both are empty."""
-
-    dice: float
-    jaccard: float
+def mask_overlap(truth: Mask, found: Mask, judged: Mask) -> Counts:
+    """Voxels of both, of the truth and of what was found, of those that are judged (3,); three masks of one shape."""
+    assert truth.shape == found.shape == judged.shape, f"{truth.shape}, {found.shape}, {judged.shape}"
+    return np.array([int((truth & found & judged).sum()), int((truth & judged).sum()), int((found & judged).sum())])
 
 
-def mask_score(truth: npt.NDArray[np.bool_], mask: npt.NDArray[np.bool_]) -> MaskScore:
-    """Dice 2|A and B| / (|A| + |B|) and Jaccard |A and B| / |A or B| of two boolean volumes of one shape."""
-    assert truth.shape == mask.shape and truth.dtype == mask.dtype == np.bool_, (
-        f"{truth.dtype} {truth.shape}, {mask.dtype}"
-    )
-    both, either = int((truth & mask).sum()), int((truth | mask).sum())
-    if either == 0:
-        return MaskScore(1.0, 1.0)
-    return MaskScore(2 * both / (both + either), both / either)
+def jaccard(overlaps: Counts) -> float:
+    """|A and B| / |A or B| of pooled mask_overlap (..., 3); 1 where there is nothing and nothing was found."""
+    both, truth, found = overlaps.reshape(-1, 3).sum(0)
+    return float(both / (truth + found - both)) if truth + found else 1.0
+
+
+def dice(overlaps: Counts) -> float:
+    """2 |A and B| / (|A| + |B|) of pooled mask_overlap (..., 3); 1 where there is nothing and nothing was found."""
+    both, truth, found = overlaps.reshape(-1, 3).sum(0)
+    return float(2 * both / (truth + found)) if truth + found else 1.0
 
 
 def boundary_f1(

@@ -17,13 +17,13 @@ import numpy as np
 from common.errors import data_error
 
 WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, DESCRIPTION = 256, 257, 258, 259, 262, 270
-STRIP_OFFSETS, SAMPLES, STRIP_BYTES, X_RESOLUTION, Y_RESOLUTION, PLANAR = 273, 277, 279, 282, 283, 284
+STRIP_OFFSETS, SAMPLES, STRIP_BYTES, X_RESOLUTION, Y_RESOLUTION = 273, 277, 279, 282, 283
 RESOLUTION_UNIT, TILE_WIDTH, SAMPLE_FORMAT = 296, 322, 339
 USED_TAGS = frozenset({WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, DESCRIPTION, STRIP_OFFSETS, SAMPLES, STRIP_BYTES,
                        X_RESOLUTION, Y_RESOLUTION, RESOLUTION_UNIT, TILE_WIDTH, SAMPLE_FORMAT})  # fmt: skip
 TYPE_CODES = {1: "B", 2: "s", 3: "H", 4: "I", 5: "II", 6: "b", 8: "h", 9: "i", 10: "ii", 11: "f", 12: "d", 13: "I",
               16: "Q", 17: "q", 18: "Q"}  # fmt: skip
-SAMPLE_KINDS = {1: "u", 2: "i", 3: "f"}
+SAMPLE_KINDS = {1: "u", 2: "i", 3: "f", 4: "u"}  # 4: undefined, which programs write for plain bytes
 UNCOMPRESSED = 1
 BLACK_IS_ZERO = 1
 
@@ -93,7 +93,7 @@ def walk_pages(path: Path, file: IO[bytes]) -> TiffLayout:
     while position and position not in seen:
         seen.add(position)
         tags, position = read_directory(file, dialect, position)
-        layout = page_layout(tags)
+        layout = page_layout(path, tags)
         if first is None:
             first, first_tags = layout, tags
         if layout != first:
@@ -165,14 +165,17 @@ def numbers(tags: Tags, tag: int, absent: int) -> tuple[int, ...]:
     return tuple(int(v) for v in value)
 
 
-def page_layout(tags: Tags) -> PageLayout:
+def page_layout(path: Path, tags: Tags) -> PageLayout:
+    """What a page's tags say of its pixels; a data error for pixels that are no plain numbers."""
     bits, kind = numbers(tags, BITS, 1)[0], numbers(tags, SAMPLE_FORMAT, 1)[0]
+    if kind not in SAMPLE_KINDS:
+        raise data_error(f"{path}: pixels of sample format {kind} (expected whole or real numbers): convert the stack")
     return PageLayout(
         int(tags[HEIGHT][0]),
         int(tags[WIDTH][0]),
         numbers(tags, SAMPLES, 1)[0],
         bits,
-        SAMPLE_KINDS[kind] if kind in SAMPLE_KINDS else "u",
+        SAMPLE_KINDS[kind],
         numbers(tags, COMPRESSION, UNCOMPRESSED)[0],
         numbers(tags, PHOTOMETRIC, BLACK_IS_ZERO)[0],
         TILE_WIDTH in tags,

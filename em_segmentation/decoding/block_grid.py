@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -11,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from common.errors import data_error
+from common.files import parsing, write_atomically
 from em_segmentation.decoding.links import Slices, Triple, Volume
 from em_segmentation.decoding.region_graph import Ids
 from em_segmentation.decoding.settings import Settings
@@ -120,24 +119,20 @@ class Job:
 
     def save(self, name: str, table: Table) -> None:
         """Write a table, whole or not at all."""
-        partial = self.scratch / f"{name}.{os.getpid()}.partial"
-        try:
-            with partial.open("wb") as file:
-                np.save(file, table, allow_pickle=False)
-            partial.replace(self.scratch / f"{name}.npy")
-        except OSError as error:  # numpy's have no number
-            reason = error.strerror or f"the disk is full? {error}"
-            raise data_error(f"{self.scratch}: cannot be written ({reason}); the same command continues") from error
+        write_atomically(self.scratch / f"{name}.npy", lambda file: np.save(file, table, allow_pickle=False))
 
     def load(self, name: str) -> npt.NDArray[np.int64]:
         """A table of whole numbers."""
-        loaded: npt.NDArray[np.int64] = np.load(self.scratch / f"{name}.npy", allow_pickle=False)
+        path = self.scratch / f"{name}.npy"
+        with parsing(path, f"delete {self.scratch} and start the same command again"):
+            loaded: npt.NDArray[np.int64] = np.load(path, allow_pickle=False)
         return loaded
 
     def mapped(self, name: str) -> npt.NDArray[np.int64]:
         """A table of which only what is used is read."""
         path = self.scratch / f"{name}.npy"
-        loaded: npt.NDArray[np.int64] = np.load(path, mmap_mode="r", allow_pickle=False)
+        with parsing(path, f"delete {self.scratch} and start the same command again"):
+            loaded: npt.NDArray[np.int64] = np.load(path, mmap_mode="r", allow_pickle=False)
         return loaded
 
     def read(self, box: Box) -> Volume:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import config_error
-from common.files import write_text
+from common.files import read_text, write_text
 from em_segmentation.decoding.agglomeration import groups_of_pairs
 from em_segmentation.decoding.block_grid import ChannelReader, Grid, Job, LabelWriter
 from em_segmentation.decoding.block_passes import (
@@ -97,7 +97,7 @@ def _claim(job: Job) -> None:
         "settings": dataclasses.asdict(job.settings), "shape": job.grid.shape, "block": job.grid.block
     }  # fmt: skip
     text = json.dumps(told, indent=1)
-    if path.exists() and path.read_text() != text:
+    if path.exists() and read_text(path) != text:
         raise config_error(f"{job.scratch}: holds blocks of another volume or other settings: name another folder")
     write_text(path, text)
 

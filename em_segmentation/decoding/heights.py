@@ -1,7 +1,7 @@
 """Height maps whose valleys are the objects: how much boundary is at each voxel, in exact integers.
 
-Everything near a face of the given volume is continued by its outermost voxels. A block that is read with `halo`
-more voxels on each side gives the heights of the whole volume to the bit.
+Everything near a face of the given volume is continued by its outermost voxels. A block that is read with so
+many more voxels on each side as smoothing and distances reach gives the heights of the whole volume to the bit.
 """
 
 import dataclasses

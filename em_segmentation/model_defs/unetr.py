@@ -13,7 +13,7 @@ from em_segmentation.model_defs.convolution import Conv3d, Doubling, InstanceNor
 
 PATCH = 16  # voxels along each axis
 WIDTH, HEADS, DEPTH, MLP = 768, 12, 12, 3072  # of ViT-B
-TAPS = (3, 6, 9)  # blocks after whose predecessors the hidden states are taken: after 4, 7 and 10 blocks
+TAPS = (3, 6, 9)  # numbers, from 0, of the blocks after which hidden states are taken: after 4, 7 and 10 blocks
 SLOPE = 0.01  # of the leaky ReLU
 
 

@@ -1,7 +1,8 @@
 """Two 3D U-Nets: the plain one of two convolutions per level, and the one of strided residual units.
 
-Both are the networks that MONAI calls BasicUNet and UNet (with two residual units), weight for weight: REFERENCE_KEYS
-maps their state dicts onto ours. Instance norm makes the output depend on the tile, so inference blends windows.
+Both are the networks that MONAI calls BasicUNet and UNet (with two residual units), weight for weight: basic_unet_key and
+residual_unet_key map their state dicts onto ours. Instance norm makes the output depend on the tile, so inference blends
+windows.
 """
 
 import re

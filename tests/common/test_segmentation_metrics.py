@@ -16,9 +16,11 @@ from common.metrics.segmentation import (
     boundary_f1,
     count_overlaps,
     cremi_score,
+    dice,
     instance_scores,
+    jaccard,
     label_boundaries,
-    mask_score,
+    mask_overlap,
     variation_of_information,
     without_truth,
 )
@@ -155,9 +157,14 @@ def test_no_matching_finds_more_instances(threshold: float) -> None:
 
 def test_masks() -> None:
     truth, mask = np.array([True, True, False, False]), np.array([True, False, True, False])
-    assert (mask_score(truth, mask).dice, mask_score(truth, mask).jaccard) == (0.5, pytest.approx(1 / 3))
-    nothing = np.zeros(4, bool)
-    assert mask_score(nothing, nothing).dice == 1 and mask_score(truth, nothing).jaccard == 0
+    everywhere, nothing = np.ones(4, bool), np.zeros(4, bool)
+    overlap = mask_overlap(truth, mask, everywhere)
+    assert overlap.tolist() == [1, 2, 2] and dice(overlap) == 0.5 and jaccard(overlap) == pytest.approx(1 / 3)
+    assert (
+        dice(mask_overlap(nothing, nothing, everywhere)) == 1 and jaccard(mask_overlap(truth, nothing, everywhere)) == 0
+    )
+    assert mask_overlap(truth, mask, ~mask).tolist() == [0, 1, 0]
+    assert jaccard(np.stack([overlap, overlap])) == jaccard(overlap)
 
 
 def test_boundaries_lie_on_both_sides_of_a_face() -> None:

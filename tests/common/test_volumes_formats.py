@@ -315,6 +315,12 @@ def test_a_single_page_is_one_section(tmp_path: Path) -> None:
             np.testing.assert_array_equal(found, counted("u1")[:1, 2:7, 3:9])
 
 
+def test_pixels_that_are_no_plain_numbers_are_refused(tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((3, 8, 8), np.complex64))
+    assert "pixels of sample format 6 (expected whole or real numbers)" in refused(tmp_path / "a.tif", "auto", 1)
+
+
 def test_damaged_tiff_takes_one_line(tmp_path: Path) -> None:
     path = tmp_path / "a.tif"
     first, *rest = (Image.fromarray(page) for page in counted("u1"))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from common.metrics.intervals import bootstrap_interval
-from common.metrics.segmentation import Overlaps, adapted_rand, add_overlaps
+from common.metrics.segmentation import Overlaps, adapted_rand, add_overlaps, dice, jaccard
 from em_segmentation.config_inference import Evaluation
 from em_segmentation.evaluation import (
     ByteHistogram,
@@ -15,14 +15,12 @@ from em_segmentation.evaluation import (
     best_mask_threshold,
     boundary_figure,
     dark_as_boundary,
-    dice_of,
     grown_into_gaps,
     in_objects,
     instance_figures,
     interval_of_counts,
     interval_of_rand,
     jaccard_curve,
-    jaccard_of,
     mask_counts,
     otsu_threshold,
     overlap_pieces,
@@ -61,8 +59,8 @@ def test_counts_of_masks_are_those_of_the_annotated_voxels() -> None:
     total = mask_counts(truth, found, annotated).sum(0)
     assert total.tolist() == [(truth & found & annotated).sum(), (truth & annotated).sum(), (found & annotated).sum()]
     both, either = (truth & found)[annotated].sum(), (truth | found)[annotated].sum()
-    assert jaccard_of(mask_counts(truth, found, annotated)) == pytest.approx(both / either)
-    assert dice_of(mask_counts(truth, found, annotated)) == pytest.approx(2 * both / (both + either))
+    assert jaccard(mask_counts(truth, found, annotated)) == pytest.approx(both / either)
+    assert dice(mask_counts(truth, found, annotated)) == pytest.approx(2 * both / (both + either))
 
 
 def test_masks_of_nothing() -> None:
@@ -71,7 +69,7 @@ def test_masks_of_nothing() -> None:
     known = something
     for truth, found, expected in ((nothing, nothing, 1.0), (nothing, something, 0.0), (something, nothing, 0.0)):
         counts = mask_counts(truth, found, known)
-        assert jaccard_of(counts) == dice_of(counts) == expected
+        assert jaccard(counts) == dice(counts) == expected
         interval = interval_of_counts(counts, SETTINGS)
         assert interval.low == interval.estimate == interval.high == expected
 
@@ -288,7 +286,7 @@ def test_intervals_contain_the_estimate(seed: int) -> None:
     assert interval.estimate == pytest.approx(rand_error(volumes))
     counts = mask_counts(truth == 1, found == 2, np.ones(truth.shape, bool))
     interval = interval_of_counts(counts, SETTINGS)
-    assert 0 <= interval.low <= interval.estimate == jaccard_of(counts) <= interval.high <= 1
+    assert 0 <= interval.low <= interval.estimate == jaccard(counts) <= interval.high <= 1
     assert interval.low < interval.high
 
 

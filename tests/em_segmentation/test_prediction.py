@@ -118,6 +118,17 @@ def test_what_a_prediction_is_made_from(tmp_path: Path) -> None:
     assert source.identity(config) != identities[0]
 
 
+def test_what_instances_are_made_from() -> None:
+    """Targets of one form must not be taken for each other: a boundary map is no map of the inside."""
+    config = changed(
+        small_config(),
+        targets={"names": ("semantic", "boundary", "affinity"), "weights": (1.0,) * 3, "label_channels": (0,) * 3},
+    )
+    targets = ("semantic", "membrane", "boundary", "affinity")
+    made_of = [changed(config, decoding={"target": target}) for target in targets]
+    assert len({instances_identity(one, 100, "prediction") for one in made_of}) == len(targets)
+
+
 def test_the_key_inside_a_file_belongs_to_the_identity(tmp_path: Path) -> None:
     h5py = pytest.importorskip("h5py")
     with h5py.File(tmp_path / "image.h5", "w") as file:

@@ -2,6 +2,9 @@
 
 import ast
 import dataclasses
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +23,7 @@ from em_segmentation.dataset import open_volumes, validation_size
 from em_segmentation.inference import load_model
 from em_segmentation.model_defs.registry import build_model, get_architecture_builder
 from em_segmentation.validation import check_monitors
-from tests.common_runs import ROOT, said
+from tests.common_runs import ROOT, environment, said
 from tests.em_segmentation.small_runs import changed, saved, small_config, write_volumes
 
 # as users of the original have it: notes on its simple schema, its own spelling of values
@@ -221,3 +224,16 @@ def check_references(config: Config) -> None:
     """Names of networks and figures, which only the task's other modules know."""
     get_architecture_builder(config.model.architecture)
     check_monitors(config, True)
+
+
+@pytest.mark.slow
+def test_the_readmes_network_of_your_own_trains(tmp_path: Path) -> None:
+    """As a script that its processes import anew: the guard at its end keeps them from training too."""
+    (recipe,) = re.findall(r"```python\n(.*?)```", (ROOT / "em_segmentation" / "README.md").read_text(), re.S)
+    (tmp_path / "my_network.py").write_text(recipe)
+    words = ["--fast-dev-run", "model.architecture=mine", "phantom.shape=[40,72,72]", "data.patch_size=[8,32,32]"]
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "my_network.py"), *words],
+        capture_output=True, text=True, check=False, cwd=tmp_path, env=environment() | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
