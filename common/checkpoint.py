@@ -36,6 +36,8 @@ def load_checkpoint(path: Path, kind: str, entries: dict[str, type]) -> dict[str
 
     entries: names that it must hold, and their types.
     """
+    if path.is_dir():
+        raise data_error(f"{path}: is a folder; expected the .pt file in it that train.py wrote (checkpoints/best.pt)")
     if not path.is_file():
         raise data_error(f"{path}: no such checkpoint; expected the .pt file that train.py wrote (checkpoints/best.pt)")
     state = read_plain(path)

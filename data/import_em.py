@@ -72,6 +72,8 @@ def save(path: Path, array: npt.NDArray[np.generic]) -> None:
 
 def import_fib25(source: Path, target: Path) -> None:
     path = source / "groundtruth.h5.gz"
+    if not path.exists():
+        raise data_error(f"{source}: no {path.name}; expected the data set's folder training_sample2")
     h5py = extra_package("h5py", f"{path}: reading HDF5")
     with parsing(path, "expected stack and transforms of neuroproof_examples"):
         with h5py.File(io.BytesIO(gzip.decompress(path.read_bytes())), "r") as file:

@@ -336,7 +336,16 @@ class Config:
 
     def _impossible_decoding(self) -> Iterator[str]:
         """What only prediction would meet, after the training."""
-        targets = self.targets
+        targets, patch = self.targets, self.data.patch_size
+        if "affinity" in targets.names:
+            for offset in targets.affinity_offsets:
+                if any(abs(step) >= edge for step, edge in zip(offset, patch, strict=True)):
+                    yield (
+                        f"targets.affinity_offsets: {list(offset)} leaves every patch of data.patch_size={list(patch)}; "
+                        "expected shorter ones, or larger patches"
+                    )
+        if list(self.decoding.problems()):
+            return  # they are told already
         try:
             if self.decoding.target != "none":
                 settings_of(self.decoding, targets, self.decoding.threshold)

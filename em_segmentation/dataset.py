@@ -7,12 +7,14 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from common.errors import UserError, config_error
+from common.errors import UserError, config_error, data_error
 from common.streams import random_for
 from em_segmentation.augmentation import Patch
 from em_segmentation.augmentation import problems as augmentation_problems
 from em_segmentation.config import Config, Data, Targets
 from em_segmentation.volumes import Annotated, Role, Triple, check_apart, digest, in_memory, open_role
+
+FIRST_PATCHES = 64  # looked at before training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +132,8 @@ class PatchStream(Dataset[Patch | UserError]):
             z, y, x = (int(random.integers(n - edge + 1)) for n, edge in zip(volume.shape, size, strict=True))
             drawn = Drawn(volume, (z, y, x), *volume.read_truth((z, y, x), size))
             last_try = attempt == self.data.foreground_tries - 1
-            if last_try or foreground_share(drawn.labels, drawn.annotated, self.targets) >= self.data.min_foreground:
+            share = foreground_share(drawn.labels, drawn.annotated, self.targets)
+            if last_try or (drawn.annotated.any() and share >= self.data.min_foreground):
                 break
         return drawn
 
@@ -147,6 +150,24 @@ class PatchStream(Dataset[Patch | UserError]):
             return as_patch(image, drawn.labels, drawn.annotated, position)
         except UserError as error:
             return error  # as an item: a worker process would wrap what it raises in a traceback
+
+
+def check_stream(stream: PatchStream) -> None:
+    """A data error where the first patches hold nothing that is annotated, a warning where they hold no foreground."""
+    is_annotated = has_foreground = False
+    for position in range(FIRST_PATCHES):
+        drawn = stream.draw(position)
+        is_annotated |= bool(drawn.annotated.any())
+        has_foreground |= foreground_share(drawn.labels, drawn.annotated, stream.targets) > 0
+        if is_annotated and has_foreground:
+            return
+    if not is_annotated:
+        raise data_error(
+            f"data.train_mask: none of {FIRST_PATCHES} patches has an annotated voxel; expected masks that are not 0 there"
+        )
+    print(
+        f"warning: none of the first {FIRST_PATCHES} patches holds foreground (labels above 0, or targets.semantic_only)"
+    )
 
 
 def patch_stream(volumes: Volumes, config: Config) -> PatchStream:

@@ -95,13 +95,13 @@ def draw_thresholds(curves: list[Curve], path: Path) -> None:
     figure, axes = plt.subplots(1, len(curves), figsize=(4.6 * len(curves), 3.2), squeeze=False, layout="constrained")
     for axis, curve in zip(axes[0], curves, strict=True):
         order = np.argsort(curve.thresholds)
-        thresholds = np.array(curve.thresholds)[order] / 255
+        thresholds = np.array(curve.thresholds)[order]
         values = np.array(curve.values)[order]
-        chosen = (curve.chosen / 255, curve.values[curve.thresholds.index(curve.chosen)])
+        chosen = (curve.chosen, curve.values[curve.thresholds.index(curve.chosen)])
         axis.plot(thresholds, values, color="#0072b2", marker="." if len(values) < 60 else "")
         axis.plot(*chosen, marker="o", ms=9, mfc="none", mec="#d55e00", mew=2)
-        words = f"{curve.name} on validation\n{chosen[1]:.3f} at {chosen[0]:.2f}"
-        axis.set(xlabel="threshold", title=words, xlim=(0, 1))
+        words = f"{curve.name} on validation\n{chosen[1]:.3f} at {chosen[0]}"
+        axis.set(xlabel="threshold (255: certain)", title=words, xlim=(0, 255))
         axis.margins(y=0.2)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)

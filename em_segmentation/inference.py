@@ -152,12 +152,19 @@ def row_starts(model: SegmentationModel, shape: Triple, config: Config) -> list[
     return window_starts(max(shape[0], window[0]), window[0], config.inference.overlap)
 
 
+def check_tiling(model: SegmentationModel, config: Config) -> None:
+    """A config error for exact tiles of a network that looks at whole windows."""
+    if config.inference.tiling == "exact" and (model.halo is None or model.alignment is None):
+        why = f" with model.norm={config.model.norm}" if config.model.architecture == "rsunet" else ""
+        raise config_error(
+            f"inference.tiling: {config.model.architecture}{why} looks at whole windows; expected inference.tiling=blended"
+        )
+
+
 def exact_layout(model: SegmentationModel, shape: Triple, config: Config) -> tuple[Triple, Triple, Triple]:
     """The padded shape, the tiles' edges and their halo; a config error for networks that look at whole windows."""
-    if model.halo is None or model.alignment is None:
-        raise config_error(
-            f"inference.tiling: {config.model.architecture} looks at whole windows; expected inference.tiling=blended"
-        )
+    check_tiling(model, config)
+    assert model.halo is not None and model.alignment is not None
     halo, grid, tta = model.halo, model.alignment, config.inference.tta
     if any(turn.swapped for turn in turns_of(tta)) and (halo[1] != halo[2] or grid[1] != grid[2]):
         raise config_error(

@@ -162,7 +162,7 @@ def judge_semantic(verdict: Verdict, roles: Roles, predictions: Predictions, con
         curves.append(
             Curve(f"{targets.semantic_names[0]} Jaccard index", list(range(1, 256)), values.tolist(), threshold)
         )
-        figures["semantic_threshold"] = threshold / 255
+        figures["semantic_threshold"] = threshold
     counts: dict[str, list[npt.NDArray[np.int64]]] = {name: [] for name in targets.semantic_names}
     classes, judged = None, 0
     for index, (volume, prediction) in enumerate(zip(roles["test"], predictions["test"], strict=True)):
@@ -270,7 +270,7 @@ def judge_instances(verdict: Verdict, roles: Roles, predictions: Predictions, co
         instances = found if instances is None else instances
     interval = interval_of_rand(tables, settings)
     figures = verdict.figures | {
-        "instance_threshold": threshold / 255,
+        "instance_threshold": threshold,
         **instance_figures(tables, settings),
         "adapted_rand_error_low": interval.low,
         "adapted_rand_error_high": interval.high,

@@ -41,6 +41,7 @@ class Shown:
     found_classes: npt.NDArray[np.uint8] | None
     true_ids: npt.NDArray[np.int64] | None
     found_ids: Labels | None
+    first_section: int  # of the volume in its file
 
     def extent_nm(self, axis: int) -> float:
         return float(self.image.shape[axis] * self.voxel_size_nm[axis])
@@ -56,12 +57,12 @@ class Plane:
     across: int
 
 
-def planes_of(shape: tuple[int, ...]) -> list[Plane]:
-    """The three middle planes."""
+def planes_of(shape: tuple[int, ...], first_section: int) -> list[Plane]:
+    """The three middle planes; sections are named by their number in the file."""
     z, y, x = (n // 2 for n in shape)
     every = slice(None)
     return [
-        Plane(f"section z = {z}", (z, every, every), 1, 2),
+        Plane(f"section z = {first_section + z}", (z, every, every), 1, 2),
         Plane(f"y = {y}", (every, y, every), 0, 2),
         Plane(f"x = {x}", (every, every, x), 0, 1),
     ]
@@ -137,7 +138,7 @@ def draw_overlay(shown: Shown, path: Path) -> None:
 
     A found object has the colour of the true one that it shares most voxels with, or grey; lines part objects.
     """
-    layers, planes = layers_of(shown), planes_of(shown.image.shape)
+    layers, planes = layers_of(shown), planes_of(shown.image.shape, shown.first_section)
     ratios = [min(2.0, shown.extent_nm(plane.down) / shown.extent_nm(plane.across)) for plane in planes]
     heights = [max(LEAST_ROW, PANEL * ratio) for ratio in ratios]
     columns, total = 1 + len(layers), sum(heights) + GAP * (len(planes) - 1)
@@ -213,7 +214,7 @@ def draw_errors(shown: Shown, path: Path) -> None:
     wide, high = sum(widths) + GAP, sum(heights) + GAP
     figure, axes = plt.subplots(2, 2, figsize=(wide, high), width_ratios=widths, height_ratios=heights)
     figure.subplots_adjust(0, 0, 1, 1, 2 * GAP / sum(widths), 2 * GAP / sum(heights))
-    section, along_y, along_x = planes_of(shown.image.shape)
+    section, along_y, along_x = planes_of(shown.image.shape, shown.first_section)
     upright = Plane(along_x.words, along_x.index, 1, 0)  # z runs to the right, beside the section
     views = ((axes[0, 0], section, False), (axes[1, 0], along_y, False), (axes[0, 1], upright, True))
     for panel, plane, is_turned in views:

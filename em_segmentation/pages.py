@@ -25,12 +25,16 @@ def summary(verdict: Verdict, config: Config) -> str:
         for name in config.targets.semantic_names:
             lines.append(
                 f"test {name} Jaccard {figures[f'{name}_jaccard']:.3f} ({interval(figures, f'{name}_jaccard', config)}, "
-                f"n = {figures[f'{name}_pieces']} pieces of {figures['test_volumes']} volumes), "
+                f"n = {figures[f'{name}_pieces']} pieces of {counted(figures['test_volumes'], 'volume')}), "
                 f"Dice {figures[f'{name}_dice']:.3f}{chosen}"
             )
             lines.append(f"  baseline {figures[f'baseline_{name}_jaccard']:.3f}: {figures[f'baseline_{name}']}")
             lines.append(f"  chance {figures[f'chance_{name}_jaccard']:.3f}: everything is {name}")
-    if config.decoding.target != "none":
+    if config.decoding.target != "none" and not figures["num_true_objects"]:
+        lines.append(
+            f"test instances: no true object to judge on; {counted(figures['num_objects'], 'false one')} found"
+        )
+    elif config.decoding.target != "none":
         threshold = (
             "" if config.decoding.method == "mutex" else f", decoding.threshold={told('instance_threshold', figures)}"
         )
@@ -49,7 +53,12 @@ def summary(verdict: Verdict, config: Config) -> str:
 def told(name: str, figures: Figures) -> str:
     """A threshold as the constant that it was, and where it comes from."""
     where = "chosen on validation" if figures["validation_volumes"] else "of the config"
-    return f"{round(255 * float(figures[name]))} ({where})"
+    return f"{figures[name]} ({where})"
+
+
+def counted(number: float | int | str, what: str) -> str:
+    """1 volume, 2 volumes."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def interval(figures: Figures, name: str, config: Config) -> str:
@@ -97,7 +106,7 @@ def figures_section(figures: Figures, config: Config) -> Section:
         if name not in shown
     ]
     where = (
-        f"Thresholds were chosen on {figures['validation_volumes']} validation volumes."
+        f"Thresholds (0 to 255) were chosen on {counted(figures['validation_volumes'], 'validation volume')}."
         if figures["validation_volumes"]
         else "There are no validation volumes: thresholds are those of the config, the weights the last."
     )
@@ -134,4 +143,5 @@ def shown_of(verdict: Verdict, volume: Annotated, config: Config) -> Shown:
         verdict.classes,
         instance_truth(volume, config).ids if verdict.instances is not None else None,
         verdict.instances,
+        volume.sections[0],
     )

@@ -21,6 +21,7 @@ if __name__ == "__main__":
 
 import argparse
 import dataclasses
+import json
 from contextlib import ExitStack
 
 import numpy as np
@@ -30,7 +31,7 @@ import torch.distributed as dist
 from common.command import change_parser
 from common.config import as_yaml, configure
 from common.errors import config_error, run_script
-from common.files import file_digest
+from common.files import file_digest, parsing, read_text
 from common.lock import exclusive
 from common.memory import keep_freed_memory
 from common.parallel import all_ranks_do, first_rank_does, process_group
@@ -102,6 +103,10 @@ def input_voxel_size(image: Volume, config: Config, trained: Config) -> VoxelSiz
             learnt = trained.data.voxel_size_nm
             if learnt is not None and not np.allclose(size, learnt, rtol=1e-3) and dist.get_rank() == 0:
                 print(f"warning: voxels of {list(size)} nm; the network was trained on {list(learnt)} nm")
+            if config.data.voxel_size_nm is None and image.voxel_size_nm is None and dist.get_rank() == 0:
+                print(
+                    f"note: {image.path.name} does not say its voxel size; taken as the network's (data.voxel_size_nm)"
+                )
             return size
     raise config_error("data.voxel_size_nm: neither the file nor the checkpoint says it; give [z, y, x] in nm")
 
@@ -207,8 +212,30 @@ def finish_files(flags: argparse.Namespace, source: Source, config: Config, path
         path.unlink(missing_ok=True)
         note_of(path).unlink(missing_ok=True)
     if flags.instances is not None and config.decoding.method != "mutex":
-        print(f"instances at decoding.threshold={decoding.threshold}; eval.py prints the one that validation chose")
+        chosen = chosen_threshold(flags.checkpoint)
+        hint = (
+            ""
+            if decoding.threshold == chosen
+            else (
+                "; eval.py chooses one on validation volumes"
+                if chosen is None
+                else f"; eval.py chose {chosen} on validation"
+            )
+        )
+        print(f"instances at decoding.threshold={decoding.threshold}{hint}")
     print(*targets_of(flags), sep="\n")
+
+
+def chosen_threshold(checkpoint: Path) -> int | None:
+    """The threshold of instances that eval.py chose for the run of a checkpoint, where it has judged it."""
+    path = checkpoint.resolve().parents[1] / "results" / "metrics.json"
+    if not path.exists():
+        return None
+    with parsing(path, "delete it, or run eval.py again"):
+        figures = json.loads(read_text(path))
+        if "instance_threshold" in figures and figures["validation_volumes"]:
+            return int(figures["instance_threshold"])
+    return None
 
 
 def start_over(flags: argparse.Namespace, path: Path) -> None:

@@ -17,6 +17,7 @@ from common.files import parsing
 from common.logbook import write_metrics
 from em_segmentation.config import Config
 from em_segmentation.dataset import Volumes
+from em_segmentation.inference import check_tiling
 from em_segmentation.initial_weights import load_initial_weights
 from em_segmentation.model_defs.registry import KIND, SegmentationModel, build_model
 from em_segmentation.places import training_identity
@@ -70,6 +71,7 @@ def begin(config: Config, device: torch.device) -> State:
     torch.manual_seed(config.system.seed)
     model = build_model(config)
     check_precision(model, config, device)
+    check_tiling(model, config)
     if config.model.start_from is not None:
         load_initial_weights(model, config.model.start_from)
     model = model.to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]

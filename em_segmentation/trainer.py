@@ -20,12 +20,12 @@ from common.errors import UserError, config_error
 from common.interrupt import StopRequest, ignore_interrupts, stop_on_signal
 from common.loading import lost_readers_told, next_batch
 from common.logbook import Scalars, progress
-from common.parallel import all_ranks_do, check_same_step, met_by_all
+from common.parallel import all_ranks_do, check_same_step, first_rank_does, met_by_all
 from common.step import RunningStatistics, agree_on_step, guarded_update
 from common.streams import micro_batches, seed_dropout
 from em_segmentation.augmentation import Patch, augmented
 from em_segmentation.config import Config
-from em_segmentation.dataset import Volumes, patch_stream, stack, to_device
+from em_segmentation.dataset import Volumes, check_stream, patch_stream, stack, to_device
 from em_segmentation.model_defs.registry import SegmentationModel
 from em_segmentation.objective import training_loss
 from em_segmentation.schedule import Record, ends_early, learning_rate_share, total_steps
@@ -132,7 +132,7 @@ def train(state: State, config: Config, folder: Path, volumes: Volumes) -> list[
     """Train, or continue, one run from its first state inside a process group; return its records, one per logged step."""
     first, device = dist.get_rank() == 0, next(state.model.parameters()).device
     if first:
-        announce(state.model, volumes, device)
+        announce(state.model, volumes, config, device)
     last = folder / "checkpoints" / "last.pt"
     all_ranks_do(lambda: resume(state, last, config, volumes) if last.exists() else None)
     check_same_step(state.step, folder)
@@ -142,6 +142,7 @@ def train(state: State, config: Config, folder: Path, volumes: Volumes) -> list[
         return state.records
     if first and state.step:
         print(f"continuing {folder} at step {state.step} of {total_steps(config)}", flush=True)
+    first_rank_does(lambda: check_stream(patch_stream(volumes, config)))
     batches = next_batch(training_loader(state.step, volumes, config, device), "data.num_workers")
     scalars = Scalars(folder / "tensorboard", state.step) if first else None
     with stop_on_signal() as stop, lost_readers_told("data.num_workers"):
@@ -149,12 +150,13 @@ def train(state: State, config: Config, folder: Path, volumes: Volumes) -> list[
     return state.records
 
 
-def announce(model: SegmentationModel, volumes: Volumes, device: torch.device) -> None:
+def announce(model: SegmentationModel, volumes: Volumes, config: Config, device: torch.device) -> None:
     """Say what is trained on what and where, before it takes hours."""
     info = model.get_model_info()
     counts = f"{len(volumes.train)} training and {len(volumes.val)} validation volumes"
     where = f"{dist.get_world_size()} x {device.type}"
-    print(f"{info['architecture']}, {info['parameters']:,} parameters; {counts}; {where}", flush=True)
+    steps = f"{config.training.max_epochs} epochs of {config.training.steps_per_epoch} steps"
+    print(f"{info['architecture']}, {info['parameters']:,} parameters; {counts}; {steps}; {where}", flush=True)
     if not volumes.val:
         print("no validation volumes: the last weights are best, and monitors are ignored", flush=True)
 

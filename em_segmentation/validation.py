@@ -127,7 +127,7 @@ def score_own_patches(
 
 def score_patch(batch: Patch, logits: Tensor, targets: list[Target], settings: Targets) -> Row:
     """Counts and sums of one patch (batch of one), from which figures_of makes figures."""
-    row: Row = {"patch": float(batch.position[0])}
+    row: Row = {"patch": float(batch.position[0]), "annotated": float(batch.annotated.sum())}
     for (name, channels), target in zip(channel_ranges(settings).items(), targets, strict=True):
         own = logits[:, channels]
         valid = target.valid.expand_as(target.values)
@@ -156,6 +156,8 @@ def masks_of(name: str, logits: Tensor, values: Tensor, settings: Targets) -> di
 def figures_of(rows: list[Row], settings: Targets) -> dict[str, float]:
     """The figures of a validation from its patches' rows."""
     totals = {name: sum(row[name] for row in rows) for name in rows[0]}
+    if not totals["annotated"]:
+        raise data_error("data.val_mask: no voxel of the validation patches is annotated; expected some to judge")
     figures = {"val_loss": totals["val_loss"] / len(rows)}
     for name in settings.names:
         if name in ("semantic", "boundary", "affinity"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,21 @@ from common.files import parsing
 from common.volumes.axes import arrange
 from common.volumes.extras import extra_package
 from common.volumes.slices import UNREADABLE_IMAGE, grey_pixels
-from common.volumes.tiff_layout import PageLayout, TiffLayout, read_tiff_layout
+from common.volumes.tiff_layout import (
+    COMPRESSION,
+    STRIP_BYTES,
+    STRIP_OFFSETS,
+    PageLayout,
+    TiffLayout,
+    read_tiff_layout,
+)
 from common.volumes.volume import StoredBox, Volume, first_line
 from common.volumes.voxel_size import ANGSTROM_PER, spacing_in_angstrom
 
 TIFF_SUFFIXES = (".tif", ".tiff")
 RGB = 2
+DEFLATE = (8, 32946)  # of the tag COMPRESSION
+TILE_OFFSETS, TILE_BYTES = 324, 325
 UNDECODED = "copy it again, or save it uncompressed"
 SAMPLE_DTYPES = {("u", bits): "u1" for bits in (1, 2, 4)}  # fewer bits become grey levels 0 to 255
 SAMPLE_DTYPES |= {(kind, 8 * n): f"{kind}{n}" for kind, sizes in (("u", (1, 2, 4, 8)), ("i", (1, 2, 4, 8)), ("f", (2, 4, 8)))
@@ -74,6 +84,7 @@ class PillowTiff(TiffStack):
             with Image.open(self.path) as image:
                 for i, page in enumerate(pages):
                     image.seek(page)
+                    check_sums(image, self.path, page)
                     whole = grey_pixels(image)
                     pixels[i] = exact(whole, self.dtype)[rows, columns]
         except (*UNREADABLE_IMAGE, EOFError) as error:
@@ -81,6 +92,21 @@ class PillowTiff(TiffStack):
                 f"{self.path}: page {page + 1} cannot be decoded ({first_line(error)}): save it again"
             ) from error
         return pixels
+
+
+def check_sums(image: Image.Image, path: Path, page: int) -> None:
+    """A data error where a deflated page's check sums are wrong: Pillow's decoder never looks at them."""
+    tags = image.tag_v2  # type: ignore[attr-defined]  # of a TIFF
+    if tags[COMPRESSION] not in DEFLATE:
+        return
+    places = (STRIP_OFFSETS, STRIP_BYTES) if STRIP_OFFSETS in tags else (TILE_OFFSETS, TILE_BYTES)
+    with path.open("rb") as file:
+        for offset, length in zip(*(tags[place] for place in places), strict=True):
+            file.seek(offset)
+            try:
+                zlib.decompress(file.read(length))
+            except zlib.error as error:
+                raise data_error(f"{path}: page {page + 1} is damaged ({error}): copy the file again") from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,12 +6,10 @@ Every volume is a function of (settings, role, number): curves in nm (em_curves)
 """
 
 import dataclasses
-import itertools
 import json
-import multiprocessing
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -21,9 +19,9 @@ import numpy.typing as npt
 
 from common.errors import config_error, data_error
 from common.files import write_atomically, write_text
-from common.interrupt import ignore_interrupts
 from common.lock import exclusive
 from common.logbook import progress
+from common.processes import submit_all, worker_pool
 from common.streams import random_for
 from data.phantoms.em_curves import draw_curves
 from data.phantoms.em_grid import canvas, draw_warp
@@ -174,12 +172,10 @@ def written(settings: EMPhantom, folder: Path, missing: list[tuple[str, int]], p
             write_volume(settings, folder, role, number)
             yield
         return
-    roles, numbers = zip(*missing, strict=True)
-    repeat = itertools.repeat
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(producers, spawn, ignore_interrupts, (0,)) as pool:  # Ctrl-C is for this process
+    with worker_pool(producers) as pool:
         try:
-            yield from pool.map(write_volume, repeat(settings), repeat(folder), roles, numbers)
+            work = submit_all(pool, write_volume, [(settings, folder, role, number) for role, number in missing])
+            yield from (future.result() for future in as_completed(work))
         except BrokenProcessPool as error:
             raise data_error(
                 f"{folder}: a simulating process died (out of memory?); what is finished is kept, and the same command "

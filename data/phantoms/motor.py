@@ -5,11 +5,9 @@ Every tomogram is a function of (settings, index): analytic cells, flagellar mot
 """
 
 import dataclasses
-import itertools
 import json
-import multiprocessing
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -19,9 +17,9 @@ import pandas as pd
 
 from common.errors import config_error, data_error
 from common.files import write_text
-from common.interrupt import ignore_interrupts
 from common.lock import exclusive
 from common.logbook import progress
+from common.processes import submit_all, worker_pool
 from common.streams import random_for
 from common.volumes.slices import write_slice_folder
 from data.phantoms.motor_clutter import draw_scene
@@ -148,11 +146,10 @@ def written(settings: MotorPhantom, images: Path, indices: list[int], num_proces
             write_tomogram(settings, images, index)
             yield
         return
-    repeat = itertools.repeat
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_processes, spawn, ignore_interrupts, (0,)) as pool:  # Ctrl-C is for this process
+    with worker_pool(num_processes) as pool:
         try:
-            yield from pool.map(write_tomogram, repeat(settings), repeat(images), indices)
+            work = submit_all(pool, write_tomogram, [(settings, images, index) for index in indices])
+            yield from (future.result() for future in as_completed(work))
         except BrokenProcessPool as error:
             raise data_error(
                 f"{images}: a simulating process died (out of memory?); what is finished is kept, and the same command "

@@ -3,11 +3,6 @@
 import concurrent.futures
 import contextlib
 import importlib
-import multiprocessing
-import multiprocessing.connection
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol
@@ -15,6 +10,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from common.errors import config_error, data_error
+from common.processes import submit_all, worker_pool
 
 Work = Callable[[int], None]
 
@@ -43,12 +39,7 @@ class Processes:
 
     def map_blocks(self, name: str, work: Work, blocks: Sequence[int]) -> None:
         """See Executor."""
-        # the pool starts its processes when it is given work; they inherit what is blocked, so Ctrl-C is for us alone
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            futures = [self.pool.submit(work, block) for block in blocks]
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        futures = submit_all(self.pool, work, [(block,) for block in blocks])
         done = concurrent.futures.as_completed(futures)
         try:
             for future in tqdm(done, total=len(futures), desc=name, unit="block", disable=None):
@@ -83,8 +74,7 @@ def open_executor(kind: str, workers: int, address: str) -> Iterator[Executor]:
     if kind == "serial":
         yield Serial()
     elif kind == "processes":
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(workers, context, end_with_parent) as pool:
+        with worker_pool(workers) as pool:
             try:
                 yield Processes(pool)
             except BrokenProcessPool as error:
@@ -95,18 +85,6 @@ def open_executor(kind: str, workers: int, address: str) -> Iterator[Executor]:
     else:
         with _dask_client(workers, address) as client:
             yield Dask(client)
-
-
-def end_with_parent() -> None:
-    """In a worker: end as soon as the process that started it has, even if that was killed and could say nothing."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "Only workers have a parent to end with"
-
-    def wait() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 @contextlib.contextmanager

@@ -243,4 +243,9 @@ def build_model(config: Config) -> SegmentationModel:
         )
     builder = get_architecture_builder(config.model.architecture)
     check_scales(config, builder)
-    return SegmentationModel(config.model.architecture, builder(config, needed))
+    network = builder(config, needed)
+    if not isinstance(network, nn.Module) or not list(network.parameters()):
+        raise config_error(
+            f"model.architecture: {config.model.architecture}'s builder returned no network with weights"
+        )
+    return SegmentationModel(config.model.architecture, network)

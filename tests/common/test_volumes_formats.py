@@ -321,6 +321,21 @@ def test_pixels_that_are_no_plain_numbers_are_refused(tmp_path: Path) -> None:
     assert "pixels of sample format 6 (expected whole or real numbers)" in refused(tmp_path / "a.tif", "auto", 1)
 
 
+def test_damaged_pixels_that_still_decode_are_told(tmp_path: Path) -> None:
+    """The check sum of a deflated page says what its decoder does not."""
+    path = tmp_path / "a.tif"
+    first, *rest = (Image.fromarray(page) for page in counted("u1"))
+    first.save(path, save_all=True, append_images=rest, compression="tiff_adobe_deflate")
+    content = path.read_bytes()
+    assert np.array_equal(everything(open_volume(path, "auto"))[0], counted("u1"))
+    with Image.open(path) as image:
+        image.seek(1)
+        (start,), (length,) = image.tag_v2[273], image.tag_v2[279]  # type: ignore[attr-defined]
+    path.write_bytes(content[: start + length - 4] + b"sums" + content[start + length :])
+    with pytest.raises(UserError, match=r"a\.tif: page 2 is damaged .*incorrect data check"):
+        everything(open_volume(path, "auto"))
+
+
 def test_damaged_tiff_takes_one_line(tmp_path: Path) -> None:
     path = tmp_path / "a.tif"
     first, *rest = (Image.fromarray(page) for page in counted("u1"))

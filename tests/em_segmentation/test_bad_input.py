@@ -237,3 +237,25 @@ def test_a_run_of_another_config_is_not_continued_in_its_folder(
     call = ["--preset", "base", "--config", str(volumes / "config.yaml"), f"run.root={tmp_path}/runs"]
     assert said(train.main, call, capsys)[0] == 0
     expect(problems(volumes, tmp_path, capsys, WRONG_CALL, "system.seed=5"), "run.name", "seed: 5", "--fresh")
+
+
+def test_masks_without_anything_annotated_are_told(
+    volumes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else nothing is learnt, or the first epoch is perfect."""
+    for role, names in (("train", ("train_0", "train_1")), ("val", ("val_0",))):
+        for name in names:
+            np.save(tmp_path / f"{name}_mask.npy", np.zeros_like(np.load(volumes / f"{name}_labels.npy"), np.uint8))
+        masks = ",".join(str(tmp_path / f"{name}_mask.npy") for name in names)
+        lines = problems(volumes, tmp_path, capsys, BAD_DATA, f"data.{role}_mask=[{masks}]", f"run.name={role}")
+        expect(lines, f"data.{role}_mask:", "annotated")
+
+
+def test_what_only_prediction_would_meet_is_told_before_training(
+    volumes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("model.norm=group", "inference.tiling=exact", "model.filters=[8,8]")
+    lines = problems(volumes, tmp_path, capsys, WRONG_CALL, *words)
+    expect(lines, "inference.tiling: rsunet with model.norm=group", "blended")
+    far = "targets.affinity_offsets=[[1,0,0],[0,1,0],[0,0,1],[8,0,0]]"
+    expect(problems(volumes, tmp_path, capsys, WRONG_CALL, far), "[8, 0, 0] leaves every patch")

@@ -1,11 +1,7 @@
 """Decoding block by block gives the labels of decoding at once, to the bit; killed runs continue; errors name a remedy."""
 
 import dataclasses
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +17,6 @@ from em_segmentation.decoding.executors import Executor, Serial, open_executor
 from em_segmentation.decoding.links import Triple, Volume
 from em_segmentation.decoding.pipeline import heights_of, segment, segment_at
 from em_segmentation.decoding.settings import Settings
-from tests.common_runs import ROOT, environment, family
 
 OFFSETS = ((1, 0, 0), (0, -1, 0), (0, 0, 1), (3, 0, 0), (0, 4, -2), (0, 0, -5))
 
@@ -183,38 +178,6 @@ def test_workers_elsewhere_give_the_same_labels(kind: str, tmp_path: Path) -> No
     with open_executor(kind, 2, "") as executor:
         segment_blocks(reader, writer, CASES["mutex"], (6, 10, 15), tmp_path / "scratch", executor)
     assert np.array_equal(np.load(tmp_path / "labels.npy"), segment(volume, CASES["mutex"]))
-
-
-SLEEPERS = """
-import sys, time
-from em_segmentation.decoding.executors import open_executor
-if __name__ == "__main__":
-    with open_executor("processes", 2, "") as executor:
-        executor.map_blocks("sleep", time.sleep, [int(sys.argv[1])] * 2)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("asked", "seconds"), [(signal.SIGKILL, 600), (signal.SIGINT, 4)])
-def test_workers_end_with_the_process_that_started_them(asked: signal.Signals, seconds: int, tmp_path: Path) -> None:
-    """Killed, they do not stay behind; at Ctrl-C, which reaches all of them even while they start, they say nothing."""
-    (tmp_path / "sleepers.py").write_text(SLEEPERS)
-    command = [sys.executable, str(tmp_path / "sleepers.py"), str(seconds)]
-    world = environment() | {"PYTHONPATH": str(ROOT)}
-    for moment in (0.0, 0.3, 3.0):
-        child = subprocess.Popen(command, env=world, stderr=subprocess.PIPE, text=True, start_new_session=True)
-        while len(family(child.pid)) < 4:  # the parent, two workers, and the process that tidies up after them
-            assert child.poll() is None
-            time.sleep(0.01)
-        time.sleep(moment)
-        members = family(child.pid) - {child.pid}
-        os.kill(child.pid, asked) if asked == signal.SIGKILL else os.killpg(child.pid, asked)
-        _, told = child.communicate(timeout=60)
-        assert "Process Spawn" not in told and (asked == signal.SIGKILL or "KeyboardInterrupt" in told), told
-        ends = time.monotonic() + 20
-        while any(Path(f"/proc/{process}/cwd").exists() for process in members):
-            assert time.monotonic() < ends, "workers outlive the process that started them"
-            time.sleep(0.05)
 
 
 def test_interior_basins_are_merged_inside_their_block(tmp_path: Path) -> None:

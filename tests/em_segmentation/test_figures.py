@@ -40,7 +40,7 @@ def shown(shape: tuple[int, int, int], size: tuple[float, float, float], classes
     kinds = draw.integers(0, 3, shape).astype(np.uint8)
     return Shown(
         draw.normal(0, 1, shape).astype(np.float32), size, ("membrane", "synapse"), kinds if classes else None,
-        kinds if classes else None, ids if instances else None, (ids // 2).astype(np.uint16) if instances else None,
+        kinds if classes else None, ids if instances else None, (ids // 2).astype(np.uint16) if instances else None, 0,
     )  # fmt: skip
 
 
@@ -104,7 +104,7 @@ def test_large_planes_are_thinned_out() -> None:
 
 def test_the_planes_are_the_middle_ones() -> None:
     volume = np.arange(5 * 7 * 9).reshape(5, 7, 9)
-    for plane, expected in zip(planes_of(volume.shape), (volume[2], volume[:, 3], volume[:, :, 4]), strict=True):
+    for plane, expected in zip(planes_of(volume.shape, 0), (volume[2], volume[:, 3], volume[:, :, 4]), strict=True):
         assert np.array_equal(volume[plane.index], expected)
         assert expected.shape == (volume.shape[plane.down], volume.shape[plane.across])
 

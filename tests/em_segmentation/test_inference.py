@@ -126,7 +126,7 @@ def test_a_halo_that_forgets_the_affinities_reach_is_seen(tmp_path: Path, monkey
 def test_statistics_of_the_tile_are_refused_in_exact_tiles(tmp_path: Path) -> None:
     """Group norm looks at the whole tile: stitched would differ from untiled, so it must be asked for as blended."""
     config = changed(small_config(), model={"norm": "group", "filters": (8, 8)})
-    with pytest.raises(UserError, match=r"inference\.tiling: rsunet looks at whole windows; expected .*blended"):
+    with pytest.raises(UserError, match="rsunet with model.norm=group looks at whole windows; expected .*blended"):
         predicted(random_model(config, 0), tmp_path / "image.npy", config, (0, 4))
 
 

@@ -135,7 +135,7 @@ def test_without_validation_volumes_the_configs_thresholds_hold(tmp_path: Path) 
     config = changed(phantom_like(), decoding={"threshold": 77})
     found = judged(tmp_path, config, [true_labels(0)], [], 0.1)
     assert found.curves == []
-    assert found.figures["instance_threshold"] == 77 / 255
+    assert found.figures["instance_threshold"] == 77
     assert "semantic_threshold" not in found.figures
     assert found.figures["baseline_mitochondria"] == "Otsu threshold of the raw image, dark side"
     assert set(PHANTOM_KEYS) <= found.figures.keys()
@@ -152,7 +152,7 @@ def test_a_test_volume_without_anything_in_it(tmp_path: Path, noise: float) -> N
 
 def test_validation_volumes_without_anything_in_them(tmp_path: Path) -> None:
     found = judged(tmp_path, phantom_like(), [true_labels(0)], [np.zeros((2, *SHAPE), np.int64)], 0.1).figures
-    assert found["instance_threshold"] == 200 / 255, "of equals the first"
+    assert found["instance_threshold"] == 200, "of equals the first"
 
 
 def test_several_test_volumes_of_equal_ids(tmp_path: Path) -> None:
