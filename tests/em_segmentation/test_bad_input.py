@@ -251,7 +251,7 @@ def test_masks_without_anything_annotated_are_told(
         expect(lines, f"data.{role}_mask:", "annotated")
 
 
-def test_what_only_prediction_would_meet_is_told_before_training(
+def test_tiles_and_offsets_that_cannot_be_are_told_before_training(
     volumes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("model.norm=group", "inference.tiling=exact", "model.filters=[8,8]")
