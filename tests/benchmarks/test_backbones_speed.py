@@ -1,0 +1,86 @@
+"""Training speed of backbones: forward and backward of a small batch in float32, beside torchvision's modules.
+
+Same weights, same input, one process, two threads; rounds alternate, and the medians of seven count after two to warm up.
+Run alone for figures: python -m pytest -m slow tests/benchmarks/test_backbones_speed.py -s
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from common.backbones.create import create_classifier
+from common.memory import keep_freed_memory
+
+ROUNDS, WARM_UP = 7, 2
+MOST = 1.05  # of the reference's time
+NAMES = ("resnet50", "densenet121", "efficientnet_b0", "convnext_tiny", "swin_t", "vit_b_16")
+VOLUME = (1, 3, 16, 112, 112)  # what the reference's video networks are made for
+
+
+@pytest.fixture(scope="module")
+def reference() -> Any:
+    """torchvision's models; of its compiled part only two signatures are needed to import the rest."""
+    pytest.importorskip("importlib.metadata").distribution("torchvision")
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    models = pytest.importorskip("torchvision.models")
+    yield models
+    library._destroy()
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    keep_freed_memory()  # as training does; the reference gains from it too
+    yield
+    torch.set_num_threads(before)
+
+
+def seconds(forward: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor) -> float:
+    began = time.perf_counter()
+    forward(x).square().mean().backward()
+    model.zero_grad(set_to_none=True)
+    return time.perf_counter() - began
+
+
+def medians(theirs: nn.Module, ours: Any, x: Tensor) -> tuple[float, float]:
+    """Seconds of both, in turns."""
+    rounds = [(seconds(theirs, theirs, x), seconds(ours.logits, ours, x)) for _ in range(ROUNDS + WARM_UP)]
+    first, second = zip(*rounds[WARM_UP:], strict=True)
+    return statistics.median(first), statistics.median(second)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_no_slower_than_the_reference(reference: Any, name: str) -> None:
+    torch.manual_seed(0)
+    theirs, ours = reference.get_model(name, weights=None).train(), create_classifier(name, 2, 3, 1000).train()
+    ours.load_state_dict(theirs.state_dict())
+    first, second = medians(theirs, ours, torch.randn(2, 3, 224, 224))
+    print(f"\n{name:16} torchvision {first:.3f} s, ours {second:.3f} s ({second / first:.2f})")
+    assert second / first <= MOST
+
+
+@pytest.mark.slow
+def test_3d_is_no_slower_per_operation_than_the_reference(reference: Any) -> None:
+    torch.manual_seed(0)
+    theirs, ours = reference.video.r3d_18(weights=None).train(), create_classifier("resnet18", 3, 3, 400).train()
+    x = torch.randn(VOLUME)
+    work = []
+    for forward in (theirs, ours.logits):
+        with FlopCounterMode(display=False) as counter:
+            forward(x).sum().backward()
+        work.append(counter.get_total_flops())
+    first, second = medians(theirs, ours, x)
+    rates = work[0] / first / 1e9, work[1] / second / 1e9
+    print(f"\n3D: r3d_18 {first:.3f} s, {rates[0]:.0f} GFLOP/s; resnet18 {second:.3f} s, {rates[1]:.0f} GFLOP/s")
+    assert rates[1] >= rates[0]
