@@ -1,5 +1,6 @@
 """Weights of others: what is taken, adapted, left and refused."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from common.backbones.backbone import Backbone
-from common.backbones.create import create_backbone, create_classifier
+from common.backbones.create import create_backbone, create_classifier, list_backbones
 from common.backbones.pretrained import load_pretrained
 from common.errors import BAD_DATA, UserError
 
@@ -164,3 +165,18 @@ def test_transformers_are_inflated_too(tmp_path: Path, name: str) -> None:
     report = load_pretrained(deep, tmp_path / "a.pth", "drop", "mean")
     assert any("3 channels to 1" in way for way in report.adapted.values())
     assert all(bool(torch.isfinite(weight).all()) for weight in deep.state_dict().values())
+
+
+def test_the_readmes_example_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (Path(__file__).resolve().parents[2] / "common" / "backbones" / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(example, names)
+    assert names["vector"].shape == (2, 512) and names["logits"].shape == (2, 1000)
+    assert tuple(m.shape[1] for m in names["maps"]) == (64, 128, 256, 512) == names["model"].feature_channels
+    assert "weights taken, 20 adapted (kernels inflated (centre)" in capsys.readouterr().out
+    table = re.findall(r"`([a-z0-9_]+)`", text)
+    assert {name for name in table if "_" in name and name[0] in "rdvsemgi" and name in list_backbones()}
