@@ -17,20 +17,31 @@ class Windows:
     """How maps of one size fall into windows, in place or shifted by half a window (Liu et al. 2021).
 
     size: (y, x) or (z, y, x) of the map; window: of a window. Along an axis that one window covers nothing is shifted;
-    there the window shrinks to the map, or the map is padded with zeros to the window.
+    there the window shrinks to the map, or the map is padded with zeros to the window. hides_depth: no cell sees what was
+    padded along z.
     """
 
     def __init__(
-        self, size: tuple[int, ...], window: tuple[int, ...], shifted: bool, shrinks: bool, device: torch.device
+        self,
+        size: tuple[int, ...],
+        window: tuple[int, ...],
+        shifted: bool,
+        shrinks: bool,
+        hides_depth: bool,
+        device: torch.device,
     ) -> None:
         self.size = size
         self.edges = [min(w, n) if shrinks else w for w, n in zip(window, size, strict=True)]
         self.shifts = [w // 2 if shifted and n > w else 0 for w, n in zip(window, size, strict=True)]
         self.counts = [-(-n // edge) for n, edge in zip(size, self.edges, strict=True)]
         self.padding = [count * edge - n for count, edge, n in zip(self.counts, self.edges, size, strict=True)]
-        self.masks, self.kinds = self._masks(device)
+        with torch.device("cpu"):  # so that no number waits for a GPU
+            masks, kinds = self._masks()
+            if hides_depth and self.padding[0]:
+                masks, kinds = self._with_hidden_depth(masks, kinds)
+        self.masks, self.kinds = masks.to(device), kinds.to(device)
 
-    def _masks(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _masks(self) -> tuple[Tensor, Tensor]:
         """(M, n, n) and (windows,): pairs of cells that are in one window by the cyclic shift alone.
 
         Along a shifted axis only the last window holds such cells, so that few masks serve all windows.
@@ -47,18 +58,32 @@ class Windows:
             ((torch.arange(count) == count - 1) & (shift > 0)).long()
             for count, shift in zip(self.counts, self.shifts, strict=True)
         ])  # (windows,)  # fmt: skip
-        return torch.stack(masks).to(device), torch.where(kinds == 0, -1, kinds).to(device)
+        return torch.stack(masks), torch.where(kinds == 0, -1, kinds)
+
+    def _with_hidden_depth(self, masks: Tensor, kinds: Tensor) -> tuple[Tensor, Tensor]:
+        """The same masks, with the cells that were padded along z forbidden to all."""
+        padded = [count * edge for count, edge in zip(self.counts, self.edges, strict=True)]
+        beyond = torch.arange(padded[0]) >= self.size[0]
+        hidden = self._parted(beyond.view(1, -1, *[1] * len(padded)).expand(1, *padded, 1))[..., 0]  # (windows, n)
+        patterns, number = torch.unique(torch.cat([kinds[:, None] + 1, hidden.long()], 1), dim=0, return_inverse=True)
+        of_shift = torch.cat([torch.zeros_like(masks[:1]), masks])[patterns[:, 0]]  # (M, n, n)
+        return of_shift.masked_fill(patterns[:, None, 1:] > 0, FORBIDDEN), number
 
     def split(self, x: Tensor) -> Tensor:
         """(B, n..., C) -> (B * windows, cells, C)."""
-        dims = len(self.size)
         if any(self.padding):
             x = nn.functional.pad(x, (0, 0, *(n for pad in reversed(self.padding) for n in (0, pad))))
+        return self._parted(x)
+
+    def _parted(self, x: Tensor) -> Tensor:
+        """split of a map that is padded."""
+        dims = len(self.size)
         if any(self.shifts):
             x = torch.roll(x, [-shift for shift in self.shifts], list(range(1, dims + 1)))
         pairs = [n for pair in zip(self.counts, self.edges, strict=True) for n in pair]
         order = (0, *range(1, 2 * dims, 2), *range(2, 2 * dims + 1, 2), 2 * dims + 1)
-        return x.view(len(x), *pairs, -1).permute(order).reshape(-1, math.prod(self.edges), x.shape[-1])
+        cells = x.reshape(len(x), *pairs, x.shape[-1]).permute(order)
+        return cells.reshape(-1, math.prod(self.edges), x.shape[-1])
 
     def join(self, windows: Tensor) -> Tensor:
         """The inverse of split."""
@@ -114,7 +139,8 @@ def fused_window_attention(qkv: Tensor, bias: Tensor, masks: Tensor, kinds: Tens
 class _WindowAttention(torch.autograd.Function):
     """A few windows at a time, so that scores stay in the caches; of them the probabilities alone are kept for training.
 
-    torch's fused attention has no gradient by the bias on a CPU, and falls back to slower steps over all windows.
+    torch's fused attention has no gradient by the bias on a CPU, and falls back to slower steps over all windows. There is no
+    second derivative.
     """
 
     @staticmethod

@@ -38,7 +38,7 @@ class Backbone(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """Images (B, in_channels, [z,] y, x) -> (B, num_classes). Raises a config error where there is no classifier."""
         self.check_classifier()
-        return self.classify(self(x))
+        return self._classify(self(x))
 
     def maps(self, x: Tensor) -> list[Tensor]:
         """forward_features of images that were checked; each family's own."""
@@ -48,8 +48,8 @@ class Backbone(nn.Module):
         """The last map (B, C, [z,] y, x) -> (B, C): the mean, unless a family knows better."""
         return x.flatten(2).mean(2)
 
-    def classify(self, vector: Tensor) -> Tensor:
-        """(B, feature_channels[-1]) -> (B, num_classes); each family's own."""
+    def _classify(self, vector: Tensor) -> Tensor:
+        """(B, feature_channels[-1]) -> (B, num_classes); of families whose classifier reads the vector."""
         raise NotImplementedError
 
     def classifier_names(self) -> tuple[str, ...]:

@@ -85,7 +85,7 @@ class ConvNeXt(Backbone):
     def maps(self, x: Tensor) -> list[Tensor]:
         return maps_of(self.features, (1, 3, 5, 7), x)
 
-    def classify(self, vector: Tensor) -> Tensor:
+    def _classify(self, vector: Tensor) -> Tensor:
         logits: Tensor = self.classifier(vector)
         return logits
 

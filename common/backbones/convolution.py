@@ -17,7 +17,9 @@ def is_thin(layer: nn.Conv2d | nn.Conv3d, x: Tensor) -> bool:
 def on_thin_map(layer: nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
     """The layer's output, of the type that torch's own would have."""
     assert not isinstance(layer.padding, str), f"Expected numbers, got {layer.padding}"
-    given = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    assert layer.padding_mode == "zeros" and set(layer.dilation) == {1}, f"Expected zeros and no dilation, got {layer}"
+    is_cast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
+    given = torch.get_autocast_dtype("cpu") if is_cast else x.dtype
     working = torch.float32 if given == torch.bfloat16 else x.dtype
     convolve = nn.functional.conv3d if isinstance(layer, nn.Conv3d) else nn.functional.conv2d
     with torch.autocast("cpu", enabled=False):

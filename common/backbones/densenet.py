@@ -82,7 +82,7 @@ class DenseNet(Backbone):
         self.features = features
         if num_classes:
             self.classifier = nn.Linear(sizes[-1], num_classes)
-        initialise(self, 0.01)
+        initialise(self, "fan_in", None)
 
     def maps(self, x: Tensor) -> list[Tensor]:
         found = []
@@ -92,7 +92,7 @@ class DenseNet(Backbone):
                 found.append(x)
         return [*found[:-1], torch.relu(x)]
 
-    def classify(self, vector: Tensor) -> Tensor:
+    def _classify(self, vector: Tensor) -> Tensor:
         logits: Tensor = self.classifier(vector)
         return logits
 

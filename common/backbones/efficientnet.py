@@ -91,17 +91,17 @@ class EfficientNet(Backbone):
             layers.append(nn.Sequential(*blocks))
         layers.append(conv_norm(dims, stages[-1].outs, last, 1, 1, 1, norm, silu()))
         self.features = nn.Sequential(*layers)
-        initialise(self, 0.01)
+        initialise(self, "fan_out", 0.01)
         if num_classes:
             linear = nn.Linear(last, num_classes)
             nn.init.uniform_(linear.weight, -(num_classes**-0.5), num_classes**-0.5)
             nn.init.zeros_(linear.bias)
-            self.classifier = nn.Sequential(nn.Dropout(dropout, inplace=True), linear)
+            self.classifier = nn.Sequential(nn.Dropout(dropout), linear)
 
     def maps(self, x: Tensor) -> list[Tensor]:
         return maps_of(self.features, self.ends, x)
 
-    def classify(self, vector: Tensor) -> Tensor:
+    def _classify(self, vector: Tensor) -> Tensor:
         logits: Tensor = self.classifier(vector)
         return logits
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from common.backbones.backbone import Backbone, Builder
-from common.backbones.layers import Kernel, avg_pool, batch_norm, convolution, initialise, max_pool
+from common.backbones.layers import Kernel, avg_pool, batch_norm, convolution, max_pool
 
 EPS = 1e-3  # of batch norms
 
@@ -22,6 +22,13 @@ class Unit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu_(self.bn(self.conv(x)))
+
+
+def narrow(model: nn.Module, std: float) -> None:
+    """A normal distribution cut at 2 for all weights."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d | nn.Linear):
+            nn.init.trunc_normal_(module.weight, 0, std, -2, 2)
 
 
 class Branches(nn.Module):
@@ -83,7 +90,7 @@ class GoogLeNet(Backbone):
             self.aux2 = GoogleSideClassifier(dims, 528, num_classes)
             self.dropout = nn.Dropout(0.2)
             self.fc = nn.Linear(1024, num_classes)
-        initialise(self, 0.01)
+        narrow(self, 0.01)
 
     def maps(self, x: Tensor) -> list[Tensor]:
         first = self.conv3(self.conv2(self.maxpool1(self.conv1(x))))
@@ -96,7 +103,7 @@ class GoogLeNet(Backbone):
                 x = pools[name](x)
         return [*found, x]
 
-    def classify(self, vector: Tensor) -> Tensor:
+    def _classify(self, vector: Tensor) -> Tensor:
         logits: Tensor = self.fc(self.dropout(vector))
         return logits
 
@@ -247,7 +254,7 @@ class InceptionV3(Backbone):
             self.dropout = nn.Dropout(0.5)
             self.fc = nn.Linear(2048, num_classes)
         self.order = (*stem, *blocks, *last)
-        initialise(self, 0.1)
+        narrow(self, 0.1)
 
     def maps(self, x: Tensor) -> list[Tensor]:
         found = []
@@ -257,7 +264,7 @@ class InceptionV3(Backbone):
                 found.append(x)
         return found
 
-    def classify(self, vector: Tensor) -> Tensor:
+    def _classify(self, vector: Tensor) -> Tensor:
         logits: Tensor = self.fc(self.dropout(vector))
         return logits
 

@@ -7,7 +7,7 @@ z is exactly the 2D map of slice s * j of the image.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -104,12 +104,12 @@ def divisible(channels: float, divisor: int) -> int:
     return nearest + divisor if nearest < 0.9 * channels else nearest
 
 
-def initialise(model: nn.Module, linear_std: float) -> None:
-    """He's normal distribution by fan-out for convolutions, a small one for linear layers, zero biases, unit norms."""
+def initialise(model: nn.Module, mode: Literal["fan_in", "fan_out"], linear_std: float | None) -> None:
+    """He's normal distribution for convolutions, a narrow one (or torch's own) for linear layers, zero biases."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        elif isinstance(module, nn.Linear):
+            nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")
+        elif isinstance(module, nn.Linear) and linear_std is not None:
             nn.init.normal_(module.weight, 0, linear_std)
         else:
             continue

@@ -52,10 +52,11 @@ class Partition:
         self.size, self.is_grid = size, is_grid
         self.counts = [-(-n // EDGE) for n in size]
         self.padding = [count * EDGE - n for count, n in zip(self.counts, size, strict=True)]
-        real = self.split(torch.ones(1, *size, 1, device=device))[..., 0] > 0  # (windows, n)
-        patterns, number = torch.unique(real, dim=0, return_inverse=True)
-        self.masks = torch.where(patterns[:, None], 0.0, FORBIDDEN).expand(-1, real.shape[1], -1)  # (M, n, n)
-        self.kinds = torch.where(real.all(1), -1, number)
+        with torch.device("cpu"):  # so that no number waits for a GPU
+            real = self.split(torch.ones(1, *size, 1))[..., 0] > 0  # (windows, n)
+            patterns, number = torch.unique(real, dim=0, return_inverse=True)
+            masks = torch.where(patterns[:, None], 0.0, FORBIDDEN).expand(-1, real.shape[1], -1)  # (M, n, n)
+        self.masks, self.kinds = masks.to(device), torch.where(real.all(1), -1, number).to(device)
 
     def split(self, x: Tensor) -> Tensor:
         """(B, n..., C) -> (B * windows, EDGE^dims, C)."""
@@ -122,9 +123,14 @@ class PartitionAttention(nn.Module):
         parts = Partition(tuple(x.shape[2:]), self.is_grid, x.device)
         cells = parts.split(x.movedim(1, -1))
         norm, attention, _ = self.attn_layer
-        cells = cells + self.drop_path(attention(norm(cells), parts))
-        cells = cells + self.drop_path(self.mlp_layer(cells))
+        cells = cells + self.dropped(attention(norm(cells), parts), len(x))
+        cells = cells + self.dropped(self.mlp_layer(cells), len(x))
         return parts.join(cells).movedim(-1, 1)
+
+    def dropped(self, branch: Tensor, images: int) -> Tensor:
+        """drop_path of whole images, not of windows: (windows of all images, n, C) -> the same."""
+        dropped: Tensor = self.drop_path(branch.view(images, -1, *branch.shape[1:]))
+        return dropped.view_as(branch)
 
 
 class Layer(nn.Module):
@@ -199,7 +205,7 @@ class MaxViT(Backbone):
             found.append(x)
         return found
 
-    def classify(self, vector: Tensor) -> Tensor:
+    def _classify(self, vector: Tensor) -> Tensor:
         logits: Tensor = self.classifier(vector)
         return logits
 

@@ -55,12 +55,12 @@ class MobileNetV2(Backbone):
         self.features = nn.Sequential(*layers)
         if num_classes:
             self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(1280, num_classes))
-        initialise(self, 0.01)
+        initialise(self, "fan_out", 0.01)
 
     def maps(self, x: Tensor) -> list[Tensor]:
         return maps_of(self.features, (1, 3, 6, 13, 18), x)
 
-    def classify(self, vector: Tensor) -> Tensor:
+    def _classify(self, vector: Tensor) -> Tensor:
         logits: Tensor = self.classifier(vector)
         return logits
 
@@ -133,14 +133,14 @@ class MobileNetV3(Backbone):
         self.features = nn.Sequential(*layers)
         if num_classes:
             self.classifier = nn.Sequential(
-                nn.Linear(last, hidden), activation(True), nn.Dropout(0.2, inplace=True), nn.Linear(hidden, num_classes)
+                nn.Linear(last, hidden), activation(True), nn.Dropout(0.2), nn.Linear(hidden, num_classes)
             )
-        initialise(self, 0.01)
+        initialise(self, "fan_out", 0.01)
 
     def maps(self, x: Tensor) -> list[Tensor]:
         return maps_of(self.features, self.ends, x)
 
-    def classify(self, vector: Tensor) -> Tensor:
+    def _classify(self, vector: Tensor) -> Tensor:
         logits: Tensor = self.classifier(vector)
         return logits
 
@@ -191,17 +191,17 @@ class MNASNet(Backbone):
             layers.append(nn.Sequential(*blocks))
         layers += [convolution(dims, widths[-1], 1280, 1, 1, 0, 1), norm(1280), nn.ReLU(inplace=True)]
         self.layers = nn.Sequential(*layers)
-        initialise(self, 0.01)
+        initialise(self, "fan_out", 0.01)
         if num_classes:
             linear = nn.Linear(1280, num_classes)
             nn.init.kaiming_uniform_(linear.weight, mode="fan_out", nonlinearity="sigmoid")
             nn.init.zeros_(linear.bias)
-            self.classifier = nn.Sequential(nn.Dropout(0.2, inplace=True), linear)
+            self.classifier = nn.Sequential(nn.Dropout(0.2), linear)
 
     def maps(self, x: Tensor) -> list[Tensor]:
         return maps_of(self.layers, (7, 8, 9, 11, 16), x)
 
-    def classify(self, vector: Tensor) -> Tensor:
+    def _classify(self, vector: Tensor) -> Tensor:
         logits: Tensor = self.classifier(vector)
         return logits
 

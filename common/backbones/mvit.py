@@ -229,7 +229,7 @@ class MViT(Backbone):
         self.check_images(x)
         return self.tokens(x)[0]
 
-    def classify(self, vector: Tensor) -> Tensor:
+    def _classify(self, vector: Tensor) -> Tensor:
         logits: Tensor = self.head(vector)
         return logits
 

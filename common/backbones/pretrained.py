@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from common.backbones.backbone import Backbone
 from common.backbones.vit import resized_positions
 from common.checkpoint import read_plain
-from common.errors import data_error
+from common.errors import config_error, data_error
 
 Inflation = Literal["centre", "mean"]
 WRAPPERS = ("state_dict", "model", "weights", "model_state_dict")  # under which trainers keep the weights
@@ -24,6 +24,7 @@ OLD_NAMES = (
     (r"mlp\.linear_1\.", "mlp.0."),  # vision transformers before 2022
     (r"mlp\.linear_2\.", "mlp.3."),
 )
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 COMPUTED = ("relative_position_index", "relative_coords_table", "num_batches_tracked")  # never taken from a file
 Adapted = tuple[Tensor, str]  # a weight of the backbone's own shape, and what was done to it in words
 
@@ -51,52 +52,68 @@ def load_pretrained(
 ) -> Loaded:
     """Fill a backbone with the weights of a torchvision .pth (or a checkpoint that holds them) and tell what was done.
 
-    classifier: keep takes the file's (of the same number of classes), drop leaves the backbone's own as it is. inflation:
-    of 2D kernels in a 3D backbone. Input channels are adapted so that a grey image, the same in all channels, gives the
-    same response. Raises a data error for a file that cannot be read, or that does not fill the whole backbone, or that
-    holds more than it.
+    classifier: keep takes the file's (of the same number of classes; a config error without a classifier), drop leaves the
+    backbone's own as it is. inflation: of 2D kernels in a 3D backbone. Input channels are adapted so that a grey image, the
+    same in all channels, gives the same response. Raises a data error for a file that cannot be read, or that does not fill
+    the whole backbone, or that holds more than it.
     """
-    weights = named_weights(read_plain(path) if path.is_file() else missing(path), path)
     heads = backbone.classifier_names()
     own = {name: weight for name, weight in backbone.state_dict().items() if not name.endswith(COMPUTED)}
+    if classifier == "keep" and not any(name.split(".")[0] in heads for name in own):
+        raise config_error(
+            "classifier: keep, but the backbone has none; make it with create_classifier, or drop the file's"
+        )
+    weights = named_weights(content_of(path), path)
     left = [name for name in weights if name.split(".")[0] in heads and (classifier == "drop" or name not in own)]
     wanted = {name: weight for name, weight in own.items() if classifier == "keep" or name.split(".")[0] not in heads}
     given = {name: weight for name, weight in weights.items() if name not in left and not name.endswith(COMPUTED)}
     check_names(backbone, wanted, given, path)
     taken, adapted, filled = [], {}, {}
     for name, weight in wanted.items():
-        if weight.shape == given[name].shape:
-            filled[name] = given[name]
+        check_weight(name, given[name], path)
+        filled[name] = given[name].to(weight.dtype)
+        if weight.shape == filled[name].shape:
             taken.append(name)
         else:
-            filled[name], adapted[name] = adapt(backbone, name, given[name], weight, inflation, path)
-    damaged = next((name for name, weight in filled.items() if not bool(torch.isfinite(weight).all())), None)
-    if damaged is not None:
-        raise data_error(f"{path}: {damaged} is not finite; give an undamaged file")
+            filled[name], adapted[name] = adapt(backbone, name, filled[name], weight, inflation, path)
+        if not bool(torch.isfinite(filled[name]).all()):
+            raise data_error(f"{path}: {name} is not finite; give an undamaged file")
     backbone.load_state_dict(filled, strict=False)
     return Loaded(taken, adapted, left)
 
 
-def missing(path: Path) -> Any:
-    raise data_error(f"{path}: no such file; expected weights as torchvision publishes them (.pth)")
+def content_of(path: Path) -> Any:
+    """What torch.save wrote into a file."""
+    if not path.is_file():
+        kind = "is a folder" if path.is_dir() else "no such file"
+        raise data_error(f"{path}: {kind}; expected weights as torchvision publishes them (.pth)")
+    return read_plain(path)
+
+
+def check_weight(name: str, weight: Tensor, path: Path) -> None:
+    """A data error for a tensor that holds no plain numbers."""
+    plain = weight.layout == torch.strided and weight.device.type == "cpu" and not weight.is_quantized
+    if not plain or weight.dtype not in FLOATING or not weight.numel():
+        kind = f"{weight.dtype} {weight.layout} {tuple(weight.shape)}".replace("torch.", "")
+        raise data_error(f"{path}: {name} is {kind}; expected real numbers of 16, 32 or 64 bits")
 
 
 def named_weights(content: Any, path: Path) -> dict[str, Tensor]:
     """The weights in a file by their present names."""
-    for wrapper in WRAPPERS:
-        if isinstance(content, dict) and wrapper in content and isinstance(content[wrapper], dict):
-            content = content[wrapper]
+    while isinstance(content, dict) and (wrapper := next((w for w in WRAPPERS if w in content), None)) is not None:
+        content = content[wrapper]
     if not isinstance(content, dict) or not content:
-        raise data_error(f"{path}: expected named weights, found {type(content).__name__}; give a state dict")
+        found = "nothing" if content == {} else type(content).__name__
+        raise data_error(f"{path}: expected named weights, found {found}; give a state dict")
     odd = next((name for name, one in content.items() if not (isinstance(name, str) and isinstance(one, Tensor))), None)
     if odd is not None:
-        raise data_error(f"{path}: expected named weights, found {odd!r} that is none; give a state dict")
+        raise data_error(f"{path}: expected named weights, found {odd!r} that holds no tensor; give a state dict")
     return {present_name(name): weight for name, weight in content.items()}
 
 
 def present_name(name: str) -> str:
-    """The name that torchvision uses today, without the prefix of data-parallel training."""
-    name = name.removeprefix("module.")
+    """The name that torchvision uses today, without the prefixes of data-parallel training and of compilation."""
+    name = name.removeprefix("module.").removeprefix("_orig_mod.")
     for old, new in OLD_NAMES:
         name = re.sub(old, new, name)
     return name
@@ -125,10 +142,10 @@ def adapt(backbone: Backbone, name: str, weight: Tensor, own: Tensor, inflation:
     if module is stem and fitted.dim() == own.dim() and fitted.shape[1] != own.shape[1]:
         fitted = with_channels(fitted, own.shape[1])
         ways.append(f"{weight.shape[1]} channels to {own.shape[1]}")
-    elif kind == "pos_embedding" and weight.dim() == 3:
+    elif kind == "pos_embedding" and weight.dim() == 3 and weight.shape[::2] == own.shape[::2]:
         fitted = positions_like(weight, own.shape[1] - 1, backbone.dims)
         ways.append("positions resized")
-    elif kind == "relative_position_bias_table" and weight.dim() == 2:
+    elif kind == "relative_position_bias_table" and weight.dim() == 2 and weight.shape[1] == own.shape[1]:
         fitted = offsets_like(weight, len(own), backbone.dims)
         ways.append("tables of offsets resized")
     elif kind == "layer_scale":
@@ -137,14 +154,16 @@ def adapt(backbone: Backbone, name: str, weight: Tensor, own: Tensor, inflation:
     elif name.endswith("cpb_mlp.0.weight") and backbone.dims == 3:
         fitted = nn.functional.pad(weight, (1, 0))  # offsets along z say nothing at first
         ways.append("offsets along z ignored")
-    elif backbone.dims == 3 and own.shape[-1] == 2 * weight.shape[-1]:  # merges of 2 x 2 x 2 cells instead of 2 x 2
+    elif (
+        backbone.dims == 3 and weight.dim() == own.dim() and own.shape[-1] == 2 * weight.shape[-1]
+    ):  # merges of 2 x 2 x 2 cells instead of 2 x 2
         fitted = torch.cat([weight, weight], -1) / (2 if kind == "weight" and weight.dim() == 2 else 1)
         ways.append("merges of twice the cells")
     if fitted.shape != own.shape:
         raise data_error(
             f"{path}: {name} has shape {tuple(weight.shape)}, expected {tuple(own.shape)}; give weights of the same network"
         )
-    return fitted.to(own.dtype), ", ".join(ways)
+    return fitted, ", ".join(ways)
 
 
 def inflated(kernel: Tensor, depth: int, padding: int, inflation: Inflation) -> Tensor:
@@ -172,22 +191,36 @@ def with_channels(kernel: Tensor, channels: int) -> Tensor:
 
 
 def positions_like(table: Tensor, cells: int, dims: int) -> Tensor:
-    """(1, 1 + old cells, C) -> (1, 1 + cells, C) by interpolation; those of a plane are repeated along z."""
-    edge, old = round(cells ** (1 / dims)), table.shape[1] - 1
-    plane_edge = round(old**0.5)
-    if dims == 2 or plane_edge**2 == old:
-        flat = table if plane_edge == edge else resized_positions(table, (plane_edge,) * 2, (edge,) * 2)
+    """(1, 1 + old cells, C) -> (1, 1 + cells, C) by interpolation; those of a plane are repeated along z.
+
+    Both grids cover the same image, so cells lie by their middles (align_corners=False). A table of neither a square nor a
+    cube stays as it is.
+    """
+    edge, old = root_of(cells, dims), table.shape[1] - 1
+    plane = root_of(old, 2)
+    if plane and edge:
+        flat = table if plane == edge else resized_positions(table, (plane,) * 2, (edge,) * 2)
         return flat if dims == 2 else torch.cat([flat[:, :1], flat[:, 1:].repeat(1, edge, 1)], 1)
-    return resized_positions(table, (round(old ** (1 / 3)),) * 3, (edge,) * 3)
+    cube = root_of(old, 3)
+    return resized_positions(table, (cube,) * 3, (edge,) * 3) if dims == 3 and cube and edge else table
 
 
 def offsets_like(table: Tensor, offsets: int, dims: int) -> Tensor:
-    """(old offsets, heads) -> (offsets, heads) by interpolation; those of a plane are repeated along z."""
-    edge, old_edge = round(offsets ** (1 / dims)), round(len(table) ** 0.5)
-    if old_edge**2 != len(table):
-        return table  # of a window that is no square: there is no way
+    """(old offsets, heads) -> (offsets, heads) by interpolation; those of a plane are repeated along z.
+
+    The outermost offsets stay the outermost (align_corners=True). A table that is no square stays as it is.
+    """
+    edge, old_edge = root_of(offsets, dims), root_of(len(table), 2)
+    if not edge or not old_edge:
+        return table
     plane = table.T.reshape(1, -1, old_edge, old_edge)
     if old_edge != edge:
         plane = nn.functional.interpolate(plane, (edge, edge), mode="bicubic", align_corners=True)
     flat = plane[0].flatten(1).T
     return flat if dims == 2 else flat.repeat(edge, 1)
+
+
+def root_of(number: int, power: int) -> int:
+    """The whole number of which it is the power; 0 where there is none."""
+    root = round(max(0, number) ** (1 / power))
+    return root if root**power == number else 0

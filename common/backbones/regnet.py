@@ -77,7 +77,7 @@ class RegNet(Backbone):
             self.trunk_output.add_module(f"block{number}", stage)
         if num_classes:
             self.fc = nn.Linear(ins, num_classes)
-        initialise(self, 0.01)
+        initialise(self, "fan_out", 0.01)
 
     def maps(self, x: Tensor) -> list[Tensor]:
         x = self.stem(x)
@@ -87,7 +87,7 @@ class RegNet(Backbone):
             found.append(x)
         return found
 
-    def classify(self, vector: Tensor) -> Tensor:
+    def _classify(self, vector: Tensor) -> Tensor:
         logits: Tensor = self.fc(vector)
         return logits
 

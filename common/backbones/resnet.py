@@ -96,7 +96,7 @@ class ResNet(Backbone):
             self.add_module(f"layer{number}", nn.Sequential(*blocks))
         if num_classes:
             self.fc = nn.Linear(ins, num_classes)
-        initialise(self, 0.01)
+        initialise(self, "fan_out", None)
 
     def maps(self, x: Tensor) -> list[Tensor]:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
@@ -106,7 +106,7 @@ class ResNet(Backbone):
             found.append(x)
         return found
 
-    def classify(self, vector: Tensor) -> Tensor:
+    def _classify(self, vector: Tensor) -> Tensor:
         logits: Tensor = self.fc(vector)
         return logits
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from common.backbones.backbone import Backbone, Builder
-from common.backbones.layers import conv_norm, convolution, initialise, max_pool, plain_norm
+from common.backbones.layers import conv_norm, convolution, max_pool, plain_norm
 
 DEPTHS = (4, 8, 4)
 
@@ -52,7 +52,6 @@ class ShuffleNetV2(Backbone):
         self.conv5 = conv_norm(dims, widths[-1], last, 1, 1, 1, norm, nn.ReLU(inplace=True))
         if num_classes:
             self.fc = nn.Linear(last, num_classes)
-        initialise(self, 0.01)
 
     def maps(self, x: Tensor) -> list[Tensor]:
         first = self.maxpool(self.conv1(x))
@@ -60,7 +59,7 @@ class ShuffleNetV2(Backbone):
         third = self.stage3(second)
         return [first, second, third, self.conv5(self.stage4(third))]
 
-    def classify(self, vector: Tensor) -> Tensor:
+    def _classify(self, vector: Tensor) -> Tensor:
         logits: Tensor = self.fc(vector)
         return logits
 

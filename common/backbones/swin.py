@@ -1,6 +1,7 @@
 """Swin transformers: V1 (Liu et al. 2021), V2 (Liu et al. 2022) and the video one, Swin3D (Liu et al. 2022, CVPR).
 
-Maps are channels-last inside. In 3D windows, patches and merges are cubic; Swin3D merges in the plane alone.
+Maps are channels-last inside. In 3D windows, patches and merges are cubic, and no cell sees what is padded along z; Swin3D
+merges in the plane alone, and its windows shrink to the map.
 """
 
 import dataclasses
@@ -78,7 +79,8 @@ class CosineAttention(nn.Module):
         of_q, of_k, of_v = self.qkv.bias.chunk(3)
         bias = torch.cat([of_q, torch.zeros_like(of_k), of_v])  # the bias of keys does not exist
         qkv = nn.functional.linear(cells, self.qkv.weight, bias).view(count, n, 3, self.heads, width // self.heads)
-        q, k = nn.functional.normalize(qkv[:, :, :2], dim=-1).unbind(2)  # (windows, n, heads, d)
+        wide = qkv[:, :, :2].to(torch.promote_types(qkv.dtype, torch.float32))  # half has no room for the least norm
+        q, k = nn.functional.normalize(wide, dim=-1).to(qkv.dtype).unbind(2)  # (windows, n, heads, d)
         scale = self.logit_scale.clamp(max=LARGEST_SCALE).exp().view(self.heads, 1)
         q = q * (scale * math.sqrt(width // self.heads))  # window_attention divides by this root
         return windows.join(self.proj(attend(torch.stack([q, k, qkv[:, :, 2]], 2), self.bias(n), windows)))
@@ -135,7 +137,8 @@ class Stage(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         size = tuple(x.shape[1:-1])
-        windows = [Windows(size, self.window, shifted, self.shrinks, x.device) for shifted in (False, True)]
+        hides = len(size) == 3 and not self.shrinks
+        windows = [Windows(size, self.window, shifted, self.shrinks, hides, x.device) for shifted in (False, True)]
         for number, block in enumerate(self):
             x = block(x, windows[number % 2])
         return x
@@ -247,21 +250,21 @@ class Swin(Backbone):
             maps_of(self.features, (1, 3, 5, 7), x))  # fmt: skip
         return [one.movedim(-1, 1) for one in (*cells[:-1], self.norm(cells[-1]))]
 
-    def classify(self, vector: Tensor) -> Tensor:
+    def _classify(self, vector: Tensor) -> Tensor:
         logits: Tensor = self.head(vector)
         return logits
 
 
-T, S, B = (2, 2, 6, 2), (2, 2, 18, 2), (2, 2, 18, 2)
+TINY, DEEP = (2, 2, 6, 2), (2, 2, 18, 2)
 OF_96, OF_128 = (3, 6, 12, 24), (4, 8, 16, 32)
 SWINS: dict[str, Builder] = {
-    "swin_t": partial(Swin, Shape(1, 96, T, OF_96, 0.2)),
-    "swin_s": partial(Swin, Shape(1, 96, S, OF_96, 0.3)),
-    "swin_b": partial(Swin, Shape(1, 128, B, OF_128, 0.5)),
-    "swin_v2_t": partial(Swin, Shape(2, 96, T, OF_96, 0.2)),
-    "swin_v2_s": partial(Swin, Shape(2, 96, S, OF_96, 0.3)),
-    "swin_v2_b": partial(Swin, Shape(2, 128, B, OF_128, 0.5)),
-    "swin3d_t": partial(Swin, Shape("video", 96, T, OF_96, 0.1)),
-    "swin3d_s": partial(Swin, Shape("video", 96, S, OF_96, 0.1)),
-    "swin3d_b": partial(Swin, Shape("video", 128, B, OF_128, 0.1)),
+    "swin_t": partial(Swin, Shape(1, 96, TINY, OF_96, 0.2)),
+    "swin_s": partial(Swin, Shape(1, 96, DEEP, OF_96, 0.3)),
+    "swin_b": partial(Swin, Shape(1, 128, DEEP, OF_128, 0.5)),
+    "swin_v2_t": partial(Swin, Shape(2, 96, TINY, OF_96, 0.2)),
+    "swin_v2_s": partial(Swin, Shape(2, 96, DEEP, OF_96, 0.3)),
+    "swin_v2_b": partial(Swin, Shape(2, 128, DEEP, OF_128, 0.5)),
+    "swin3d_t": partial(Swin, Shape("video", 96, TINY, OF_96, 0.1)),
+    "swin3d_s": partial(Swin, Shape("video", 96, DEEP, OF_96, 0.1)),
+    "swin3d_b": partial(Swin, Shape("video", 128, DEEP, OF_128, 0.1)),
 }

@@ -40,7 +40,7 @@ class VGG(Backbone):
                 nn.Linear(WIDTHS[-1] * 7 * 7, HIDDEN), nn.ReLU(inplace=True), nn.Dropout(0.5),
                 nn.Linear(HIDDEN, HIDDEN), nn.ReLU(inplace=True), nn.Dropout(0.5), nn.Linear(HIDDEN, num_classes),
             )  # fmt: skip
-        initialise(self, 0.01)
+        initialise(self, "fan_out", 0.01)
 
     def maps(self, x: Tensor) -> list[Tensor]:
         return maps_of(self.features, self.ends, x)
@@ -93,7 +93,7 @@ class Fire(nn.Module):
 
 
 class SqueezeNet(Backbone):
-    """Maps of strides 4, 8 and 16, before the next pooling (version 1.0: of strides 2, 4 and 8 after the first)."""
+    """Maps of strides 4, 8 and 16, before the next pooling."""
 
     def __init__(self, version: str, dims: int, in_channels: int, num_classes: int) -> None:
         super().__init__(

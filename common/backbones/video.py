@@ -79,7 +79,7 @@ class VideoResNet(Backbone):
             ins = width
         if num_classes:
             self.fc = nn.Linear(512, num_classes)
-        initialise(self, 0.01)
+        initialise(self, "fan_out", 0.01)
 
     def maps(self, x: Tensor) -> list[Tensor]:
         x = self.stem(x)
@@ -89,7 +89,7 @@ class VideoResNet(Backbone):
             found.append(x)
         return found
 
-    def classify(self, vector: Tensor) -> Tensor:
+    def _classify(self, vector: Tensor) -> Tensor:
         logits: Tensor = self.fc(vector)
         return logits
 
@@ -139,12 +139,16 @@ class S3D(Backbone):
         )  # fmt: skip
         if num_classes:
             self.classifier = nn.Sequential(nn.Dropout(0.2), Conv3d(1024, num_classes, 1))
-        initialise(self, 0.01)
 
     def maps(self, x: Tensor) -> list[Tensor]:
         return maps_of(self.features, (3, 6, 12, 15), x)
 
-    def classify(self, vector: Tensor) -> Tensor:
+    def pooled(self, x: Tensor) -> Tensor:
+        """The mean of the means of all boxes of 2 x 7 x 7 cells, as the reference has it; of smaller maps the plain mean."""
+        box = [min(n, edge) for n, edge in zip(x.shape[2:], (2, 7, 7), strict=True)]
+        return nn.functional.avg_pool3d(x, box, 1).flatten(2).mean(2)
+
+    def _classify(self, vector: Tensor) -> Tensor:
         logits: Tensor = self.classifier(vector[:, :, None, None, None]).flatten(1)
         return logits
 

@@ -129,7 +129,7 @@ class VisionTransformer(Backbone):
         self.check_images(x)
         return self.tokens(x)[0][:, 0]
 
-    def classify(self, vector: Tensor) -> Tensor:
+    def _classify(self, vector: Tensor) -> Tensor:
         logits: Tensor = self.heads(vector)
         return logits
 

@@ -68,7 +68,7 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         size = (x.shape[1], x.shape[2], x.shape[3])
         for number, block in enumerate(self.blocks):
-            x = block(x, Windows(size, WINDOW, number % 2 == 1, True, x.device))
+            x = block(x, Windows(size, WINDOW, number % 2 == 1, True, False, x.device))
         cells = torch.cat([x[:, dz::2, dy::2, dx::2] for dz, dy, dx in MERGED], -1)  # (B, z/2, y/2, x/2, 8C)
         merged: Tensor = self.reduction(self.norm(cells))
         return merged

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.backbones.create import create_classifier
 from common.memory import keep_freed_memory
+from tests.common.backbone_reference import torchvision_models
 
 ROUNDS, WARM_UP = 7, 2
 MOST = 1.05  # of the reference's time
@@ -25,15 +26,7 @@ VOLUME = (1, 3, 16, 112, 112)  # what the reference's video networks are made fo
 
 @pytest.fixture(scope="module")
 def reference() -> Any:
-    """torchvision's models; of its compiled part only two signatures are needed to import the rest."""
-    pytest.importorskip("importlib.metadata").distribution("torchvision")
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, name):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    models = pytest.importorskip("torchvision.models")
-    yield models
-    library._destroy()
+    return torchvision_models()
 
 
 @pytest.fixture(autouse=True)

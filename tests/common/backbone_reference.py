@@ -2,6 +2,8 @@
 
 import functools
 import gzip
+import importlib
+import importlib.metadata
 import json
 import os
 import zlib
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 VIDEO = ("swin3d_", "mvit_", "r3d_", "mc3_", "r2plus1d_", "s3d")
 NUM_MODELS, NUM_GOLDEN = 89, 80
+SIGNATURES = torch.library.Library("torchvision", "FRAGMENT")  # they live as long as this
 
 
 def folder() -> Path:
@@ -73,6 +76,19 @@ def filled(model: nn.Module) -> nn.Module:
     model = model.double().eval()
     model.load_state_dict({name: drawn(name, weight) for name, weight in model.state_dict().items()})
     return model
+
+
+@functools.cache
+def torchvision_models() -> Any:
+    """torchvision's models; of its compiled part only two signatures are needed to import the rest."""
+    try:
+        importlib.metadata.version("torchvision")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("torchvision is not installed")
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            SIGNATURES.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return importlib.import_module("torchvision.models")
 
 
 def image(shape: tuple[int, ...]) -> Tensor:

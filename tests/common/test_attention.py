@@ -17,7 +17,7 @@ EDGE = 7
 @pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("shrinks", [False, True])
 def test_windows_join_to_what_was_split(size: tuple[int, ...], shifted: bool, shrinks: bool) -> None:
-    windows = Windows(size, (EDGE,) * len(size), shifted, shrinks, CPU)
+    windows = Windows(size, (EDGE,) * len(size), shifted, shrinks, False, CPU)
     volume = torch.randn(2, *size, 5)
     cells = windows.split(volume)
     edges = [min(EDGE, n) if shrinks else EDGE for n in size]
@@ -32,7 +32,7 @@ def test_the_mask_forbids_exactly_what_the_cyclic_shift_brought_together(
     size: tuple[int, ...], window: tuple[int, ...]
 ) -> None:
     """Cells of one window are neighbours, or the shift carried one of them from the map's other end."""
-    windows = Windows(size, window, True, True, CPU)
+    windows = Windows(size, window, True, True, False, CPU)
     place = torch.stack(torch.meshgrid(*(torch.arange(float(n)) for n in size), indexing="ij"), -1)[None] + 1
     cells = windows.split(place) - 1  # where each cell comes from; -1 in the padding
     forbidden = 0
@@ -54,7 +54,7 @@ def test_shifted_windows_hold_the_cells_half_a_window_further_on(
     for axis, (edge, n) in enumerate(zip(window, size, strict=True)):
         rolled = rolled.roll(-(edge // 2) if n > edge else 0, axis)
     for shifted, expected in ((False, number[0, ..., 0]), (True, rolled)):
-        split = Windows(size, window, shifted, False, CPU).split(number)[..., 0]
+        split = Windows(size, window, shifted, False, False, CPU).split(number)[..., 0]
         corners = itertools.product(*(range(0, n, edge) for n, edge in zip(size, window, strict=True)))
         for found, corner in zip(split, corners, strict=True):
             box = tuple(slice(c, c + edge) for c, edge in zip(corner, window, strict=True))

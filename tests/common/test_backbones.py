@@ -2,18 +2,21 @@
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common.backbones.backbone import Backbone
 from common.backbones.create import BACKBONES, create_backbone, create_classifier, list_backbones
+from common.backbones.maxvit import EDGE, Partition, PartitionAttention
 from common.backbones.pretrained import load_pretrained
+from common.backbones.vit import resized_positions
+from common.blocks import DropPath
 from common.errors import BAD_DATA, WRONG_CALL, UserError
 
 ONLY_3D = {name for name in BACKBONES if name.startswith(("swin3d", "mvit", "r3d", "mc3", "r2plus1d", "s3d"))}
-GIANTS = ("regnet_y_128gf", "vit_h_14")
 SMALLEST = {  # of each family
     "resnet18", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "mobilenet_v2", "mobilenet_v3_small", "mnasnet0_5",
     "convnext_tiny", "regnet_x_400mf", "regnet_y_400mf", "vgg11_bn", "alexnet", "squeezenet1_0", "squeezenet1_1",
@@ -52,37 +55,58 @@ def lively(model: nn.Module) -> nn.Module:
     return model.double().eval()
 
 
-@pytest.mark.parametrize("name", sorted(BACKBONES.keys() - {"maxvit_t"}))
-def test_maps_are_finest_first_and_have_the_channels_that_are_told(name: str) -> None:
-    for dims in both(name):
-        with torch.device("meta"):
-            model = create_backbone(name, dims, 2)
-            size = (224,) * dims if name.startswith("vit") else (96,) * dims
-            x = torch.empty(2, 2, *size)
-            maps, vector = model.forward_features(x), model(x)
-        assert tuple(m.shape[1] for m in maps) == model.feature_channels
-        assert all(m.dim() == dims + 2 for m in maps)
-        assert all(min(a.shape[-2:]) > max(b.shape[-2:]) for a, b in itertools.pairwise(maps))
-        assert vector.shape == (2, model.feature_channels[-1])
-        assert not {key.split(".")[0] for key in model.state_dict()} & set(model.classifier_names())
+def check_maps(name: str, dims: int) -> None:
+    with torch.device("meta"):
+        model = create_backbone(name, dims, 2)
+        size = (224,) * dims if name.startswith("vit") else (96,) * dims
+        x = torch.empty(2, 2, *size)
+        maps, vector = model.forward_features(x), model(x)
+    assert tuple(m.shape[1] for m in maps) == model.feature_channels
+    assert all(m.dim() == dims + 2 for m in maps)
+    assert all(min(a.shape[-2:]) > max(b.shape[-2:]) for a, b in itertools.pairwise(maps))
+    assert vector.shape == (2, model.feature_channels[-1])
+    assert not {key.split(".")[0] for key in model.state_dict()} & set(model.classifier_names())
 
 
 @pytest.mark.parametrize("name", sorted(SMALLEST))
-def test_every_weight_learns(name: str) -> None:
-    """Forward and backward in training mode, on the CPU; side classifiers are weights alone."""
+def test_maps_are_finest_first_and_have_the_channels_that_are_told(name: str) -> None:
     for dims in both(name):
-        if dims == 3 and name in ("inception_v3", "alexnet", "googlenet"):
-            continue  # the same code as in 2D, and slow
-        torch.manual_seed(0)
-        model = create_classifier(name, dims, 1, 3).train()
-        for module in model.modules():
-            if hasattr(module, "probability"):
-                module.probability = 0.0  # no branch is dropped
-        logits = model.logits(torch.randn(2, 1, *size_of(name, model)))
-        assert logits.shape == (2, 3)
-        logits.square().sum().backward()
-        still = [key for key, weight in model.named_parameters() if weight.grad is None]
-        assert all(key.startswith(("aux", "AuxLogits")) for key in still), still[:3]
+        check_maps(name, dims)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(BACKBONES.keys() - SMALLEST))
+def test_maps_of_larger_networks(name: str) -> None:
+    for dims in both(name):
+        check_maps(name, dims)
+
+
+def check_learning(name: str, dims: int) -> None:
+    """Forward and backward in training mode on the CPU; side classifiers are weights alone."""
+    torch.manual_seed(0)
+    model = create_classifier(name, dims, 1, 3).train()
+    for module in model.modules():
+        if isinstance(module, DropPath):
+            module.probability = 0.0  # no branch is dropped
+    for weight in model.parameters():
+        if weight.dim() > 1 and not weight.any():
+            nn.init.normal_(weight, std=0.02)  # heads that begin with zeros
+    logits = model.logits(torch.randn(2, 1, *size_of(name, model)))
+    assert logits.shape == (2, 3)
+    (logits - torch.tensor([1.0, -2.0, 0.5])).square().sum().backward()
+    still = [key for key, weight in model.named_parameters() if weight.grad is None or not weight.grad.isfinite().all()]
+    assert all(key.startswith(("aux", "AuxLogits")) for key in still), still[:3]
+
+
+@pytest.mark.parametrize("name", sorted(SMALLEST - ONLY_3D))
+def test_every_weight_learns(name: str) -> None:
+    check_learning(name, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(SMALLEST))
+def test_every_weight_learns_in_3d(name: str) -> None:
+    check_learning(name, 3)
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONAL)
@@ -105,27 +129,73 @@ def test_slices_of_3d_maps_are_the_2d_maps_of_slices(name: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["swin_t", "swin_v2_t", "maxvit_t"])
-def test_a_volume_of_equal_slices_has_the_maps_of_one(name: str, tmp_path: Path) -> None:
-    """Attention over copies of a plane is attention over the plane."""
+@pytest.mark.parametrize("depth", [16, 40])
+def test_a_volume_of_equal_slices_has_the_maps_of_one(name: str, depth: int, tmp_path: Path) -> None:
+    """Attention over copies of a plane is attention over the plane; what is padded along z is not seen."""
     flat = lively(create_backbone(name, 2, 1))
+    for parameter_name, parameter in flat.named_parameters():
+        if parameter_name.endswith("bias_table"):
+            nn.init.normal_(parameter)
+        elif "qkv.weight" in parameter_name or "reduction" in parameter_name:
+            parameter.data *= 4  # attention that is not nearly uniform
     torch.save(flat.state_dict(), tmp_path / "flat.pth")
     deep = create_backbone(name, 3, 1).double().eval()
     load_pretrained(deep, tmp_path / "flat.pth", "drop", "mean" if name != "maxvit_t" else "centre")
-    window = 8 if name == "swin_v2_t" else 7
-    image = torch.randn(1, 1, 64, 64, dtype=torch.float64)
+    image = torch.randn(1, 1, 48, 32, dtype=torch.float64)
     with torch.inference_mode():
-        first = flat.forward_features(image)[0]
-        volume = image[:, :, None].expand(-1, -1, 4 * window, -1, -1)
-        found = deep.forward_features(volume.contiguous())[0]
-    assert found.shape[2] == window
-    torch.testing.assert_close(found, first[:, :, None].expand_as(found), rtol=1e-9, atol=1e-9)
+        maps = flat.forward_features(image)
+        found = deep.forward_features(image[:, :, None].expand(-1, -1, depth, -1, -1).contiguous())
+    for one, other in list(zip(maps, found, strict=True))[
+        : 2 if depth % 16 else 3
+    ]:  # then odd maps are padded by zeros
+        torch.testing.assert_close(other, one[:, :, None].expand_as(other), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["maxvit_t", "swin_t", "resnet18", "mvit_v2_s"])
+def test_images_do_not_reach_each_other(name: str) -> None:
+    dims = 3 if name in ONLY_3D else 2
+    model = lively(create_backbone(name, dims, 1))
+    images = torch.randn(2, 1, *[37, 45, 52][-dims:], dtype=torch.float64)
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            model(images), torch.cat([model(images[:1]), model(images[1:])]), rtol=1e-9, atol=1e-9
+        )
+
+
+def test_stochastic_depth_drops_whole_images() -> None:
+    """Not single windows of them: half of the images stay as they were."""
+    torch.manual_seed(0)
+    layer = PartitionAttention(2, 64, False, 0.5).train()
+    x = torch.randn(64, 64, 14, 14)
+    changed = (layer(x) - x).abs().amax(1) > 1e-6  # (B, y, x)
+    share = changed.float().mean((1, 2))
+    assert set(share.tolist()) <= {0.0, 1.0} and 0.5 < share.mean() < 0.95  # two branches, each dropped by half
+
+
+@pytest.mark.parametrize("is_grid", [False, True])
+def test_what_is_padded_in_maxvit_has_no_influence(is_grid: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = PartitionAttention(2, 64, is_grid, 0.0).eval(), torch.randn(1, 64, 9, 12)
+    with torch.inference_mode():
+        plain = layer(x)
+        pad = nn.functional.pad
+
+        def spoiled(given: Tensor, edges: tuple[int, ...], **words: Any) -> Tensor:
+            return pad(given, edges, value=1e3) if given.shape[-1] == 64 and not words else pad(given, edges, **words)
+
+        monkeypatch.setattr(nn.functional, "pad", spoiled)
+        torch.testing.assert_close(layer(x), plain, rtol=1e-5, atol=1e-5)
+
+
+def test_positions_of_a_grid_that_is_no_square() -> None:
+    """A table that grows along y alone stays so."""
+    table = torch.cat([torch.zeros(1), torch.arange(49.0) // 7])[None, :, None]
+    rows = resized_positions(table, (7, 7), (3, 5))[0, 1:, 0].view(3, 5)
+    assert (rows.diff(dim=0) > 1).all() and rows.diff(dim=1).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("dims", [2, 3])
 def test_padding_does_not_reach_the_cells_of_maxvit(dims: int) -> None:
     """The last cells of a map that was padded see what they would see in the reference's windows, and nothing else."""
-    from common.backbones.maxvit import Partition
-
     size = (9, 12, 8)[:dims]
     for is_grid in (False, True):
         parts = Partition(size, is_grid, torch.device("cpu"))
@@ -139,8 +209,6 @@ def test_padding_does_not_reach_the_cells_of_maxvit(dims: int) -> None:
 
 def test_pooling_of_whole_grids_matches_a_multiple_of_the_reference_size() -> None:
     """MaxViT's grid attention: cells that are as far apart as the map is wide."""
-    from common.backbones.maxvit import EDGE, Partition
-
     parts = Partition((14, 21), True, torch.device("cpu"))
     place = torch.stack(torch.meshgrid(torch.arange(14), torch.arange(21), indexing="ij"), -1)[None]
     cells = parts.split(place).view(2, 3, EDGE, EDGE, 2)
@@ -199,7 +267,7 @@ def test_images_that_do_not_fit_are_told(name: str, dims: int, shape: tuple[int,
         assert caught.value.exit_code == BAD_DATA
 
 
-@pytest.mark.parametrize("name", sorted(SMALLEST - {"maxvit_t"}))
+@pytest.mark.parametrize("name", sorted(SMALLEST))
 def test_the_least_image_fits_and_a_smaller_one_is_told(name: str) -> None:
     for dims in both(name):
         with torch.device("meta"):

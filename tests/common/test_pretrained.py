@@ -148,23 +148,39 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:1000])
     assert "not a readable checkpoint" in refused(model, path, None)
     assert "expected named weights, found list" in refused(model, path, [1, 2])
-    assert "expected named weights, found 'epoch'" in refused(model, path, {"epoch": 3})
+    assert "expected named weights, found 'epoch' that holds no tensor" in refused(model, path, {"epoch": 3})
+    assert "found nothing" in refused(model, path, {"model": {"state_dict": {}}})
+    assert "is a folder" in refused(model, tmp_path, None)
     name = next(iter(state))
     spoiled = state | {name: torch.full_like(state[name], float("nan"))}
     assert f"{name} is not finite" in refused(model, path, spoiled)
+    for tensor in (state[name].int(), state[name].to(torch.complex64), state[name][:0], state[name].to_sparse()):
+        assert f"{name} is " in refused(model, path, state | {name: tensor})
+    assert f"{name} is not finite" in refused(model, path, state | {name: state[name].double() * 1e300})
+    assert "has shape ()" in refused(model, path, state | {name: torch.tensor(1.0)})
+    vision = create_backbone("vit_b_32", 2, 3)
+    content = saved(vision, path)
+    for rows in (1, 50 + 50, 200):
+        odd = content | {"encoder.pos_embedding": torch.zeros(1, rows, 768)}
+        assert "encoder.pos_embedding has shape" in refused(vision, path, odd)
+    with pytest.raises(UserError, match="classifier: keep, but the backbone has none"):
+        load_pretrained(model, path, "keep", "centre")
     torch.save(Path, path)  # a class: loading it would execute a pickle
     assert "refused" in refused(model, path, None)
 
 
-@pytest.mark.parametrize("name", ["swin_t", "swin_v2_t", "vit_b_32", "maxvit_t", "convnext_tiny"])
-def test_transformers_are_inflated_too(tmp_path: Path, name: str) -> None:
-    flat = create_backbone(name, 2, 3)
+def test_a_volume_of_equal_slices_reaches_the_3d_vision_transformer_as_one(tmp_path: Path) -> None:
+    """Its first tokens are those of the plane, at positions repeated along z."""
+    flat = create_backbone("vit_b_32", 2, 3)
     saved(flat, tmp_path / "a.pth")
-    with torch.device("cpu"):
-        deep = create_backbone(name, 3, 1)
+    load_pretrained(flat, tmp_path / "a.pth", "drop", "mean")
+    deep = create_backbone("vit_b_32", 3, 1)
     report = load_pretrained(deep, tmp_path / "a.pth", "drop", "mean")
-    assert any("3 channels to 1" in way for way in report.adapted.values())
-    assert all(bool(torch.isfinite(weight).all()) for weight in deep.state_dict().values())
+    assert report.adapted["encoder.pos_embedding"] == "positions resized" and len(report.adapted) == 2
+    grey = torch.randn(1, 1, 32, 64)
+    plane = flat.conv_proj(grey.expand(-1, 3, -1, -1))  # type: ignore[operator]
+    volume = deep.conv_proj(grey[:, :, None].expand(-1, -1, 64, -1, -1))  # type: ignore[operator]
+    torch.testing.assert_close(volume, plane[:, :, None].expand_as(volume), rtol=1e-4, atol=1e-4)
 
 
 def test_the_readmes_example_runs(
