@@ -29,7 +29,10 @@ def test_workers_end_with_the_process_that_started_them(asked: signal.Signals, t
     command = [sys.executable, str(tmp_path / "sleepers.py")]
     world = environment() | {"PYTHONPATH": str(ROOT)}
     for moment in (0.0, 0.3, 3.0):
-        child = subprocess.Popen(command, env=world, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        child = subprocess.Popen(
+            command, env=world, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background would ignore it
+        )  # fmt: skip
         while len(family(child.pid)) < 4:  # the parent, two workers, and the process that tidies up after them
             assert child.poll() is None
             time.sleep(0.01)
