@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from common.backbones.backbone import Backbone, Builder
-from common.backbones.layers import avg_pool, convolution, initialise, max_pool, plain_norm
+from common.backbones.layers import avg_pool, convolution, initialise, plain_norm, pooled_stem
 
 BOTTLENECK = 4  # times the growth, of a layer's 1 x 1 convolution
 
@@ -68,10 +68,11 @@ class DenseNet(Backbone):
             channels = sizes[-1] // 2
         super().__init__(dims, in_channels, tuple(sizes), 1, 29)
         features = nn.Sequential()
-        features.add_module("conv0", convolution(dims, in_channels, stem, 7, 2, 3, 1))
+        first, pool = pooled_stem(dims, in_channels, stem, 7)
+        features.add_module("conv0", first)
         features.add_module("norm0", plain_norm(dims)(stem))
         features.add_module("relu0", nn.ReLU(inplace=True))
-        features.add_module("pool0", max_pool(dims, 3, 2, 1, False))
+        features.add_module("pool0", pool)
         ins = stem
         for number, (depth, size) in enumerate(zip(depths, sizes, strict=True), 1):
             features.add_module(f"denseblock{number}", DenseBlock(dims, ins, growth, depth))

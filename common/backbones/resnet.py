@@ -5,7 +5,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from common.backbones.backbone import Backbone, Builder
-from common.backbones.layers import convolution, initialise, max_pool, plain_norm
+from common.backbones.layers import convolution, initialise, plain_norm, pooled_stem
 
 WIDTHS = (64, 128, 256, 512)
 
@@ -82,10 +82,9 @@ class ResNet(Backbone):
     ) -> None:
         channels = tuple(width * block.expansion for width in WIDTHS)
         super().__init__(dims, in_channels, channels, 1, 1)
-        self.conv1 = convolution(dims, in_channels, 64, 7, 2, 3, 1)
+        self.conv1, self.maxpool = pooled_stem(dims, in_channels, 64, 7)
         self.bn1 = plain_norm(dims)(64)
         self.relu = nn.ReLU(inplace=True)
-        self.maxpool = max_pool(dims, 3, 2, 1, False)
         ins = 64
         for number, (width, depth) in enumerate(zip(WIDTHS, depths, strict=True), 1):
             blocks = []
