@@ -26,10 +26,6 @@ SMALLEST = {  # of each family
 CONVOLUTIONAL = sorted(SMALLEST - ONLY_3D - {"vit_b_32", "swin_t", "swin_v2_t", "maxvit_t"})
 
 
-def both(name: str) -> list[int]:
-    return [3] if name in ONLY_3D else [2, 3]
-
-
 def edge_of(name: str, model: Backbone) -> int:
     """An edge that fits a network: few voxels."""
     return 32 if name.startswith("vit") else max(32, model.min_edge)
@@ -68,17 +64,21 @@ def check_maps(name: str, dims: int) -> None:
     assert not {key.split(".")[0] for key in model.state_dict()} & set(model.classifier_names())
 
 
-@pytest.mark.parametrize("name", sorted(SMALLEST))
+@pytest.mark.parametrize("name", sorted(SMALLEST - ONLY_3D))
 def test_maps_are_finest_first_and_have_the_channels_that_are_told(name: str) -> None:
-    for dims in both(name):
-        check_maps(name, dims)
+    check_maps(name, 2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(BACKBONES.keys() - SMALLEST))
+@pytest.mark.parametrize("name", sorted(SMALLEST))
+def test_maps_in_3d(name: str) -> None:
+    check_maps(name, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(BACKBONES.keys() - SMALLEST - ONLY_3D))
 def test_maps_of_larger_networks(name: str) -> None:
-    for dims in both(name):
-        check_maps(name, dims)
+    check_maps(name, 2)
 
 
 def check_learning(name: str, dims: int) -> None:
@@ -267,21 +267,30 @@ def test_images_that_do_not_fit_are_told(name: str, dims: int, shape: tuple[int,
         assert caught.value.exit_code == BAD_DATA
 
 
-@pytest.mark.parametrize("name", sorted(SMALLEST))
+def check_least_image(name: str, dims: int) -> None:
+    with torch.device("meta"):
+        model = create_backbone(name, dims, 3).eval()
+    least = (model.min_edge,) * 2 if dims == 2 else (model.min_depth, model.min_edge, model.min_edge)
+    vector = model(torch.empty(1, 3, *least, device="meta"))
+    assert vector.shape == (1, model.feature_channels[-1])
+    for axis, n in enumerate(least):
+        if n == 1:
+            continue
+        smaller = [n - (k == axis) for k, n in enumerate(least)]
+        with pytest.raises(UserError, match="expected images of at least"):
+            model(torch.empty(1, 3, *smaller, device="meta"))
+        model.min_depth, model.min_edge = 1, 1
+        with pytest.raises((RuntimeError, UserError)):  # the limit is as low as it can be
+            model(torch.empty(1, 3, *smaller, device="meta"))
+        model.min_depth, model.min_edge = least[0], least[-1]
+
+
+@pytest.mark.parametrize("name", sorted(SMALLEST - ONLY_3D))
 def test_the_least_image_fits_and_a_smaller_one_is_told(name: str) -> None:
-    for dims in both(name):
-        with torch.device("meta"):
-            model = create_backbone(name, dims, 3).eval()
-        least = (model.min_edge,) * 2 if dims == 2 else (model.min_depth, model.min_edge, model.min_edge)
-        vector = model(torch.empty(1, 3, *least, device="meta"))
-        assert vector.shape == (1, model.feature_channels[-1])
-        for axis, n in enumerate(least):
-            if n == 1:
-                continue
-            smaller = [n - (k == axis) for k, n in enumerate(least)]
-            with pytest.raises(UserError, match="expected images of at least"):
-                model(torch.empty(1, 3, *smaller, device="meta"))
-            model.min_depth, model.min_edge = 1, 1
-            with pytest.raises((RuntimeError, UserError)):  # the limit is as low as it can be
-                model(torch.empty(1, 3, *smaller, device="meta"))
-            model.min_depth, model.min_edge = least[0], least[-1]
+    check_least_image(name, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(SMALLEST))
+def test_the_least_volume_fits_and_a_smaller_one_is_told(name: str) -> None:
+    check_least_image(name, 3)
