@@ -17,7 +17,7 @@ import scipy.ndimage
 from common.metrics.segmentation import adapted_rand, count_overlaps, variation_of_information, without_truth
 
 Ids = npt.NDArray[np.integer]
-ROUNDS = 2
+ROUNDS = 4
 
 
 @pytest.fixture(scope="module")
