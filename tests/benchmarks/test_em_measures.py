@@ -1,6 +1,6 @@
 """Adapted Rand error and variation of information of 256^3 voxels of cortex beside scikit-image's, on the same labels.
 
-Both run in one process, alternating, the best of two rounds each. Run alone for figures:
+Both run in one process, alternating, the best of four rounds each. Run alone for figures:
 python -m pytest -m slow tests/benchmarks/test_em_measures.py -s
 """
 
