@@ -295,8 +295,14 @@ def rand_curve(volumes: Iterable[Bytes], annotated: list[Annotated], decoder: Se
 
 
 def raw_watershed_figures(roles: Roles, config: Config) -> Figures:
-    """The same decoding of the raw image, dark taken for boundary, its threshold chosen as ours is."""
-    plain = dataclasses.replace(config.decoding, target="boundary", method="watershed", height="boundary", foreground=0)
+    """A watershed of the raw image, dark taken for boundary, merged by the mean over its boundaries.
+
+    Its threshold is chosen as ours is; plateaus of grey are joined, as each grain of the image would be a fragment.
+    """
+    plain = dataclasses.replace(
+        config.decoding, target="boundary", method="watershed", height="boundary", foreground=0, linkage="mean",
+        min_depth=max(1, config.decoding.min_depth),
+    )  # fmt: skip
     decoder, threshold = settings_of(plain, config.targets, MIDDLE), MIDDLE
     if roles["val"]:
         values = (dark_as_boundary(image_of(volume)) for volume in roles["val"])
