@@ -214,26 +214,23 @@ def finish_files(flags: argparse.Namespace, source: Source, config: Config, path
     if flags.instances is not None and config.decoding.method != "mutex":
         chosen = chosen_threshold(flags.checkpoint)
         hint = (
-            ""
-            if decoding.threshold == chosen
-            else (
-                "; eval.py chooses one on validation volumes"
-                if chosen is None
-                else f"; eval.py chose {chosen} on validation"
-            )
+            "eval.py chooses one on validation volumes" if chosen is None else f"eval.py chose {chosen} on validation"
         )
-        print(f"instances at decoding.threshold={decoding.threshold}{hint}")
+        if decoding.threshold == chosen:
+            hint = "as eval.py chose on validation"
+        print(f"instances at decoding.threshold={decoding.threshold}; {hint}")
     print(*targets_of(flags), sep="\n")
 
 
 def chosen_threshold(checkpoint: Path) -> int | None:
     """The threshold of instances that eval.py chose for the run of a checkpoint, where it has judged it."""
-    path = checkpoint.resolve().parents[1] / "results" / "metrics.json"
+    path = checkpoint.resolve().parent.parent / "results" / "metrics.json"
     if not path.exists():
         return None
     with parsing(path, "delete it, or run eval.py again"):
         figures = json.loads(read_text(path))
-        if "instance_threshold" in figures and figures["validation_volumes"]:
+        known = "instance_threshold" in figures and figures["validation_volumes"]
+        if known and isinstance(figures["instance_threshold"], int):  # a fraction in files of older versions
             return int(figures["instance_threshold"])
     return None
 
