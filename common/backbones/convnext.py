@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from common.backbones.backbone import Backbone, Builder, maps_of
-from common.backbones.convolution import CONVOLUTION
 from common.backbones.layers import even_steps
 from common.blocks import DropPath
+from common.convolution import CONVOLUTION
 
 EPS = 1e-6
 LAYER_SCALE = 1e-6  # of a branch at the start

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from common.backbones.convolution import CONVOLUTION
 from common.blocks import BATCH_NORM
+from common.convolution import CONVOLUTION
 
 MAX_POOL: dict[int, type[nn.MaxPool2d] | type[nn.MaxPool3d]] = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
 Kernel = int | tuple[int, int]

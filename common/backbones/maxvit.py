@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from common.attention import FORBIDDEN, relative_positions, window_attention
 from common.backbones.backbone import Backbone, Builder
-from common.backbones.convolution import CONVOLUTION
 from common.backbones.layers import SqueezeExcite, avg_pool, batch_norm, conv_norm, even_steps
 from common.blocks import DropPath
+from common.convolution import CONVOLUTION
 
 EDGE = 7  # cells of a window, and of the grid
 HEAD = 32  # channels

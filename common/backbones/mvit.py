@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from common.backbones.backbone import Backbone, Builder
-from common.backbones.convolution import Conv3d
 from common.backbones.layers import even_steps
 from common.blocks import DropPath
+from common.convolution import Conv3d
 from common.errors import config_error
 
 EPS = 1e-6

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from common.attention import Windows, relative_positions, window_attention
 from common.backbones.backbone import Backbone, Builder, maps_of
 from common.backbones.convnext import MoveChannels
-from common.backbones.convolution import CONVOLUTION, Conv3d
 from common.backbones.layers import even_steps
 from common.blocks import DropPath
+from common.convolution import CONVOLUTION, Conv3d
 from common.errors import config_error
 
 EPS = 1e-5

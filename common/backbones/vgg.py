@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from common.backbones.backbone import Backbone, Builder, maps_of
-from common.backbones.convolution import CONVOLUTION
 from common.backbones.layers import along, fixed_grid_means, initialise, max_pool, plain_norm
+from common.convolution import CONVOLUTION
 
 WIDTHS = (64, 128, 256, 512, 512)
 HIDDEN = 4096  # units of the classifiers of AlexNet and VGG

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from common.backbones.backbone import Backbone, Builder, maps_of
-from common.backbones.convolution import Conv3d
 from common.backbones.layers import initialise, plain_norm
+from common.convolution import Conv3d
 from common.errors import config_error
 
 WIDTHS = (64, 128, 256, 512)

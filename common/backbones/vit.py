@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from common.backbones.backbone import Backbone, Builder
-from common.backbones.convolution import CONVOLUTION
+from common.convolution import CONVOLUTION
 from common.errors import data_error
 
 EDGE = 224  # of the images whose patches the table of positions was made for

@@ -6,46 +6,18 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-LAYOUT = torch.channels_last_3d
+import common.convolution
+from common.convolution import channels_last, computed_type
+
 EPSILON = 1e-5  # added to variances
 
 
-def channels_last(x: Tensor) -> Tensor:
-    """The same values, the channels of a cell side by side in memory; no copy where they are."""
-    return x.contiguous(memory_format=LAYOUT)
-
-
-def autocast_type(x: Tensor) -> torch.dtype:
-    """The type that a convolution of x computes in."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-class Conv3d(nn.Conv3d):
-    """A convolution whose bfloat16 weight gradient can be trusted on a CPU too.
-
-    Those of torch 2.13 (oneDNN, AVX-512) are wrong, from uninitialised memory, where a kernel above 1 is wider than the
-    map: always with 1 < z < kernel, for strides or kernels above 3 also along y and x, some then write beyond their
-    buffer and end the process. No such case was met with every edge above the kernel's. So while training in bfloat16
-    on a CPU, a map with an edge of at most the kernel's is convolved in float32; such maps are small.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in, z, y, x) -> (B, out, ...), channels last even where torch would fall back to channels first."""
-        return self.convolved(x, self.weight, self.bias)
+class Conv3d(common.convolution.Conv3d):
+    """A convolution safe on thin maps and fast on small ones, whose output is channels last everywhere."""
 
     def convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The same with other weights of this kernel and stride, (out, in, k, k, k)."""
-        if not self.needs_float32(x):
-            return channels_last(self._conv_forward(x, weight, bias))
-        with torch.autocast("cpu", enabled=False):
-            result: Tensor = self._conv_forward(x.float(), weight.float(), None if bias is None else bias.float())
-        return channels_last(result).to(torch.bfloat16)
-
-    def needs_float32(self, x: Tensor) -> bool:
-        """Whether the weight gradient of x (B, in, z, y, x) could be wrong in the type that autocast chooses."""
-        thin = any(k > 1 and n <= k for n, k in zip(x.shape[2:], self.kernel_size, strict=True))
-        return thin and x.device.type == "cpu" and torch.is_grad_enabled() and autocast_type(x) == torch.bfloat16
+        """(B, in, z, y, x) and weights of this kernel and stride (out, in, k, k, k) -> (B, out, ...)."""
+        return channels_last(super().convolved(x, weight, bias))
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -118,7 +90,7 @@ class DepthwiseConv3d(nn.Conv3d):
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """(B, C, z, y, x), (C, 1, k, k, k), (C) -> (B, C, z, y, x), in autocast's type."""
-    dtype = autocast_type(x)
+    dtype = computed_type(x)
     convolved: Tensor = _Depthwise.apply(x.to(dtype), weight.to(dtype), bias.to(dtype))  # type: ignore[no-untyped-call]
     return convolved
 

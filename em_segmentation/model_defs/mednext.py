@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from common.convolution import channels_last
 from common.errors import data_error
-from em_segmentation.model_defs.convolution import DepthwiseConv3d, InstanceNorm, Pointwise, channels_last, pointwise
+from em_segmentation.model_defs.convolution import DepthwiseConv3d, InstanceNorm, Pointwise, pointwise
 
 LEVELS = 5
 STEP = 2 ** (LEVELS - 1)  # voxels that every edge is a multiple of

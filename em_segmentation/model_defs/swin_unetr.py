@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from common.attention import Windows, relative_positions, window_attention
-from em_segmentation.model_defs.convolution import Conv3d, Pointwise, channels_last
+from common.convolution import channels_last
+from em_segmentation.model_defs.convolution import Conv3d, Pointwise
 from em_segmentation.model_defs.unetr import ResidualBlock, UpBlock
 
 STEP = 32  # voxels that every edge is a multiple of

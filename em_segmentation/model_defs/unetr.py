@@ -9,7 +9,8 @@ import re
 import torch
 from torch import Tensor, nn
 
-from em_segmentation.model_defs.convolution import Conv3d, Doubling, InstanceNorm, Pointwise, channels_last
+from common.convolution import channels_last
+from em_segmentation.model_defs.convolution import Conv3d, Doubling, InstanceNorm, Pointwise
 
 PATCH = 16  # voxels along each axis
 WIDTH, HEADS, DEPTH, MLP = 768, 12, 12, 3072  # of ViT-B

@@ -10,7 +10,8 @@ import re
 import torch
 from torch import Tensor, nn
 
-from em_segmentation.model_defs.convolution import Conv3d, Doubling, InstanceNorm, Pointwise, PReLU, channels_last
+from common.convolution import channels_last
+from em_segmentation.model_defs.convolution import Conv3d, Doubling, InstanceNorm, Pointwise, PReLU
 
 LEAK = 0.1  # of BasicUNet's leaky ReLU
 

@@ -4,15 +4,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from common.convolution import channels_last
 from em_segmentation.model_defs.convolution import (
-    LAYOUT,
     Conv3d,
     DepthwiseConv3d,
     Doubling,
     InstanceNorm,
     Pointwise,
     PReLU,
-    channels_last,
 )
 
 THIN = [(2, 3, 3), (2, 2, 2), (1, 1, 1), (2, 6, 8), (3, 2, 5), (4, 4, 2), (5, 1, 6), (3, 3, 3), (8, 1, 1), (4, 4, 4)]
@@ -42,21 +41,10 @@ def test_bfloat16_gradients_of_thin_maps_are_right(size: tuple[int, int, int], k
         with torch.autocast("cpu", torch.bfloat16):
             found = convolution(x)
         assert found.dtype == torch.bfloat16 and relative(found.float(), expected) < 0.01
-        assert found.is_contiguous(memory_format=LAYOUT)
+        assert found.is_contiguous(memory_format=torch.channels_last_3d)
         inputs = (x, convolution.weight, convolution.bias)
         pairs = zip(gradients(found, wanted, *inputs), gradients(expected, wanted, *inputs), strict=True)
         assert all(relative(one, other) < 0.01 for one, other in pairs)
-
-
-def test_only_training_in_bfloat16_meets_the_guard_and_only_on_thin_maps() -> None:
-    convolution = Conv3d(4, 4, 3, padding=1)
-    thin, thick = torch.zeros(1, 4, 4, 4, 3), torch.zeros(1, 4, 4, 4, 4)
-    assert not convolution.needs_float32(thin)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert convolution.needs_float32(thin) and not convolution.needs_float32(thick)
-        assert not Conv3d(4, 4, 1).needs_float32(thin)
-        with torch.no_grad():
-            assert not convolution.needs_float32(thin)
 
 
 SIZES = [(1, 1, 1), (2, 3, 4), (6, 5, 9), (2, 16, 1), (12, 8, 7)]
@@ -123,7 +111,7 @@ def test_instance_norm_of_a_single_cell_is_its_bias() -> None:
 
 
 def test_a_single_channel_comes_out_channels_last_too() -> None:
-    assert Conv3d(1, 6, 3, padding=1)(torch.randn(2, 1, 3, 4, 5)).is_contiguous(memory_format=LAYOUT)
+    assert Conv3d(1, 6, 3, padding=1)(torch.randn(2, 1, 3, 4, 5)).is_contiguous(memory_format=torch.channels_last_3d)
 
 
 @pytest.mark.parametrize("slope", [0.25, 0.0, -0.5, 1.5])
