@@ -5,6 +5,8 @@ of ids shares; all figures of instances follow from it, so volumes may be counte
 """
 
 import dataclasses
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +21,7 @@ Counts = npt.NDArray[np.int64]
 Float = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 DENSE = 16  # places in a plain table per entry: fuller ones are faster than sorting, emptier ones slower
+MOST_THREADS = 8  # that count blocks: numpy lets go of the interpreter meanwhile
 BLOCK = 2**20  # voxels counted at once: they and what is made of them stay in the processor's cache
 
 
@@ -50,23 +53,17 @@ def count_overlaps(truth: Ids, segmentation: Ids) -> Overlaps:
     Raises a data error for labels that are no whole numbers or negative.
     """
     assert truth.shape == segmentation.shape, f"Expected {truth.shape}, got {segmentation.shape}"
-    flat = [_as_ids("truth", truth), _as_ids("segmentation", segmentation)]
-    tables = [
-        _count_runs(flat[0][first : first + BLOCK], flat[1][first : first + BLOCK])
-        for first in range(0, max(1, truth.size), BLOCK)
-    ]
-    return add_overlaps(tables)
+    flat = [_flat("truth", truth), _flat("segmentation", segmentation)]
+    blocks = [[labels[first : first + BLOCK] for labels in flat] for first in range(0, max(1, truth.size), BLOCK)]
+    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
+        return add_overlaps(list(pool.map(lambda block: _count_runs(*block), blocks)))
 
 
-def _as_ids(name: str, labels: Ids) -> Ids:
-    """Labels (voxels,) as unsigned integers of their own width."""
-    if labels.dtype.kind == "b":
-        labels = labels.astype(np.uint8)
-    if labels.dtype.kind not in "ui":
+def _flat(name: str, labels: Ids) -> Ids:
+    """Labels (voxels,) that are integers."""
+    if labels.dtype.kind not in "uib":
         raise data_error(f"{name}: holds {labels.dtype} (expected whole-numbered ids): convert the labels first")
-    if labels.dtype.kind == "i" and labels.size and labels.min() < 0:
-        raise data_error(f"{name}: holds the id {labels.min()} (expected 0 for background and ids above): renumber it")
-    return labels.reshape(-1).view(f"u{labels.dtype.itemsize}")
+    return labels.reshape(-1).view(np.uint8) if labels.dtype.kind == "b" else labels.reshape(-1)
 
 
 def _count_runs(truth: Ids, segmentation: Ids) -> Overlaps:
@@ -74,12 +71,20 @@ def _count_runs(truth: Ids, segmentation: Ids) -> Overlaps:
     if truth.size == 0:
         none = np.empty(0, np.uint64)
         return Overlaps(none, none, np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int64))
-    changes = (truth[1:] != truth[:-1]) | (segmentation[1:] != segmentation[:-1])
+    changes = truth[1:] != truth[:-1]
+    changes |= segmentation[1:] != segmentation[:-1]
     starts = np.concatenate([[0], np.flatnonzero(changes) + 1])
     lengths = np.diff(starts, append=truth.size)
-    truth_ids, row = _numbered(truth[starts])
-    segment_ids, column = _numbered(segmentation[starts])
+    truth_ids, row = _numbered(_unsigned("truth", truth.take(starts)))
+    segment_ids, column = _numbered(_unsigned("segmentation", segmentation.take(starts)))
     return _sum_pairs(truth_ids, segment_ids, row, column, lengths)
+
+
+def _unsigned(name: str, labels: Ids) -> Ids:
+    """The same labels, none negative, as unsigned integers of their own width."""
+    if labels.dtype.kind == "i" and labels.min() < 0:
+        raise data_error(f"{name}: holds the id {labels.min()} (expected 0 for background and ids above): renumber it")
+    return labels.view(f"u{labels.dtype.itemsize}")
 
 
 def _numbered(labels: Ids) -> tuple[npt.NDArray[np.uint64], Counts]:
