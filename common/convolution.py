@@ -28,6 +28,13 @@ def computed_type(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if is_cast else x.dtype
 
 
+def zeros_around(layer: nn.Conv2d | nn.Conv3d) -> tuple[int, ...]:
+    """Cells of zeros before and behind the map, per axis."""
+    assert not isinstance(layer.padding, str), f"Expected numbers, got {layer.padding}"
+    assert layer.padding_mode == "zeros" and set(layer.dilation) == {1}, f"Expected zeros and no dilation, got {layer}"
+    return tuple(layer.padding)
+
+
 def is_thin(layer: nn.Conv2d | nn.Conv3d, x: Tensor) -> bool:
     """Whether torch's own result for this map (B, C, n...) could be wrong."""
     return x.device.type == "cpu" and any(k > 1 and n <= k for n, k in zip(x.shape[2:], layer.kernel_size, strict=True))
@@ -35,7 +42,7 @@ def is_thin(layer: nn.Conv2d | nn.Conv3d, x: Tensor) -> bool:
 
 def is_unfolded(layer: nn.Conv3d, x: Tensor) -> bool:
     """Whether torch would be slow with this map (B, C, z, y, x), and two halves of it would not."""
-    depth, (_, high, wide) = x.shape[2] + 2 * int(layer.padding[0]) - layer.kernel_size[0], layer.kernel_size
+    depth, (_, high, wide) = x.shape[2] + 2 * zeros_around(layer)[0] - layer.kernel_size[0], layer.kernel_size
     return (
         x.device.type == "cpu"
         and len(x) == layer.groups == 1
@@ -53,7 +60,7 @@ def on_thin_map(layer: nn.Conv2d | nn.Conv3d, x: Tensor, weight: Tensor, bias: T
     working = torch.float32 if given == torch.bfloat16 else given
     convolve = nn.functional.conv3d if isinstance(layer, nn.Conv3d) else nn.functional.conv2d
     with torch.autocast("cpu", enabled=False):
-        padded = nn.functional.pad(x.to(working), [n for p in reversed(layer.padding) for n in (int(p), int(p))])
+        padded = nn.functional.pad(x.to(working), [n for p in reversed(zeros_around(layer)) for n in (p, p)])
         bias = None if bias is None else bias.to(working)
         result: Tensor = convolve(padded, weight.to(working), bias, layer.stride, groups=layer.groups)
     return result.to(given)
@@ -61,30 +68,22 @@ def on_thin_map(layer: nn.Conv2d | nn.Conv3d, x: Tensor, weight: Tensor, bias: T
 
 def in_halves(layer: nn.Conv3d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The layer's output for one volume (1, C, z, y, x) and these weights, as that of its halves along z; channels last."""
-    (kernel, stride), padding, depth = (layer.kernel_size[0], layer.stride[0]), int(layer.padding[0]), x.shape[2]
+    kernel, stride, depth = layer.kernel_size[0], layer.stride[0], x.shape[2]
+    padding, *around = zeros_around(layer)
     slices = (depth + 2 * padding - kernel) // stride + 1  # of the output
     half = -(-slices // 2)
     reach, second = (half - 1) * stride + kernel, half * stride  # slices that a half sees; where the second one's begin
     padded = nn.functional.pad(x, (0, 0, 0, 0, padding, max(padding, second + reach - padding - depth)))
     halves = torch.cat([padded[:, :, :reach], padded[:, :, second : second + reach]])
-    around = (0, int(layer.padding[1]), int(layer.padding[2]))
-    found = nn.functional.conv3d(channels_last(halves), weight, bias, layer.stride, around)
+    found = nn.functional.conv3d(channels_last(halves), weight, bias, layer.stride, (0, *around))
     return channels_last(torch.cat([found[:1], found[1:, :, : slices - half]], 2))
-
-
-def _checked(layer: nn.Conv2d | nn.Conv3d) -> None:
-    assert not isinstance(layer.padding, str), f"Expected numbers, got {layer.padding}"
-    assert layer.padding_mode == "zeros" and set(layer.dilation) == {1}, f"Expected zeros and no dilation, got {layer}"
 
 
 class Conv2d(nn.Conv2d):
     """torch's, (B, ins, y, x) -> (B, outs, y', x'), safe on thin maps."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not is_thin(self, x):
-            return super().forward(x)
-        _checked(self)
-        return on_thin_map(self, x, self.weight, self.bias)
+        return on_thin_map(self, x, self.weight, self.bias) if is_thin(self, x) else super().forward(x)
 
 
 class Conv3d(nn.Conv3d):
@@ -96,12 +95,11 @@ class Conv3d(nn.Conv3d):
     def convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The same with other weights of this kernel and stride, (outs, ins / groups, k, k, k)."""
         if is_thin(self, x):
-            _checked(self)
             return on_thin_map(self, x, weight, bias)
         if is_unfolded(self, x):
-            _checked(self)
             return in_halves(self, x, weight, bias)
-        return self._conv_forward(x, weight, bias)
+        result: Tensor = self._conv_forward(x, weight, bias)
+        return result
 
 
 CONVOLUTION: dict[int, type[Conv2d] | type[Conv3d]] = {2: Conv2d, 3: Conv3d}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from common.checkpoint import load_checkpoint, load_weights
 from common.config import restore
+from common.convolution import channels_last
 from common.errors import config_error, data_error
 from common.tiling import Box, balanced_tile, blended_planes, exact_tiles, window_starts
 from common.volumes.volume import Volume
@@ -69,7 +70,7 @@ def written_channels(settings: Targets) -> dict[str, slice]:
 
 
 def as_probabilities(logits: Tensor, settings: Targets) -> Tensor:
-    """Logits of all targets (1, C, z, y, x) as values in [0, 1], without auxiliary targets.
+    """Logits of all targets (1, C, z, y, x), which are spent, as values in [0, 1], without auxiliary targets.
 
     sigmoid, softmax of several classes; signed distances as (tanh + 1) / 2.
     """
@@ -79,19 +80,17 @@ def as_probabilities(logits: Tensor, settings: Targets) -> Tensor:
         if name == "semantic" and settings.semantic_classes > 1:
             parts.append(own.softmax(1))
         elif name == "distance":
-            parts.append((own.tanh() + 1) / 2)
+            parts.append(own.tanh_().add_(1).div_(2))
         elif name not in AUXILIARY:
-            parts.append(own.sigmoid())
-    return torch.cat(parts, 1)
+            parts.append(own.sigmoid_())
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def probability_network(model: SegmentationModel, config: Config) -> PartNetwork:
-    """The model as a function from normalised voxels (1, c, z, y, x) to a region's probabilities, averaged over turns."""
-    dtype = next(model.parameters()).dtype
+    """The model as a function from what a Reader reads (1, c, z, y, x) to a region's probabilities, averaged over turns."""
 
     def network(x: Tensor, region: Region) -> Tensor:
-        logits = model.part(x.to(dtype).contiguous(memory_format=torch.channels_last_3d), region)
-        return as_probabilities(logits, config.targets)
+        return as_probabilities(model.part(channels_last(x), region), config.targets)
 
     settings = config.targets
     channels = written_channels(settings)
@@ -107,15 +106,17 @@ class Reader:
 
     image: Volume
     scale: Scale
-    device: torch.device
+    model: SegmentationModel  # whose device and type the voxels get
     padded: Triple  # z, y, x
 
     def __call__(self, box: Box) -> Tensor:
-        """(1, c, z, y, x) float32."""
+        """(1, c, z, y, x)."""
         corner, last = box
         inside = [min(stop, n) for stop, n in zip(last, self.image.shape, strict=True)]
         size = (inside[0] - corner[0], inside[1] - corner[1], inside[2] - corner[2])
-        voxels = torch.from_numpy(normalised(self.image, corner, size, self.scale))[None].to(self.device)
+        voxels = torch.from_numpy(normalised(self.image, corner, size, self.scale))[None].to(
+            next(self.model.parameters())
+        )
         more = [stop - n for stop, n in zip(last, inside, strict=True)]
         if any(more):
             voxels = torch.nn.functional.pad(voxels, (0, more[2], 0, more[1], 0, more[0]), "replicate")
@@ -184,7 +185,7 @@ def exact_boxes(
     """Exact tiles of the rows that touch the planes, as bytes; each output computed once."""
     shape, edges, halo = exact_layout(model, image.shape, config)
     assert model.alignment is not None
-    network, read = probability_network(model, config), Reader(image, scale, device_of(model), shape)
+    network, read = probability_network(model, config), Reader(image, scale, model, shape)
     for tile in exact_tiles(shape, edges, 1, model.alignment, halo):
         z, y, x = tile.write
         if z.start < planes[1] and z.stop > planes[0]:
@@ -228,7 +229,7 @@ def window_boxes(
     """Whole planes out of overlapping windows, as bytes."""
     window = window_of(model, config)
     shape = (max(image.shape[0], window[0]), max(image.shape[1], window[1]), max(image.shape[2], window[2]))
-    network, read = probability_network(model, config), Reader(image, scale, device_of(model), shape)
+    network, read = probability_network(model, config), Reader(image, scale, model, shape)
     for first, part in blended_planes(
         lambda x: network(x, everywhere(x)), read, shape, window, 1, config.inference.overlap, planes
     ):
@@ -241,8 +242,10 @@ def rounding_cost(model: SegmentationModel, image: Volume, scale: Scale, config:
     size = config.data.patch_size
     corner = tuple(max(0, n - edge) // 2 for n, edge in zip(image.shape, size, strict=True))
     first, last = (corner[0], corner[1], corner[2]), (corner[0] + size[0], corner[1] + size[1], corner[2] + size[2])
-    voxels = Reader(image, scale, device_of(model), last)((first, last))
     plain = dataclasses.replace(config, inference=dataclasses.replace(config.inference, tta="none"))
     fast = working_copy(model, config.inference.precision)
-    rounded, exact = (probability_network(one, plain)(voxels, everywhere(voxels)) for one in (fast, model))
-    return float((rounded - exact).abs().max())
+    found = []
+    for one in (fast, model):
+        voxels = Reader(image, scale, one, last)((first, last))
+        found.append(probability_network(one, plain)(voxels, everywhere(voxels)))
+    return float((found[0] - found[1]).abs().max())

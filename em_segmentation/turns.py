@@ -9,12 +9,13 @@ import dataclasses
 import itertools
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from common.errors import config_error
 from em_segmentation.regions import Region, Triple, seen_from, widened
 
-PartNetwork = Callable[[Tensor, Region], Tensor]  # (1, c, z, y, x) -> the output (1, C, ...) in a region
+PartNetwork = Callable[[Tensor, Region], Tensor]  # (1, c, z, y, x) -> the output (1, C, ...) in a region, to be changed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,18 +100,20 @@ def averaged(
     def average(x: Tensor, region: Region) -> Tensor:
         shape: Triple = (x.shape[2], x.shape[3], x.shape[4])
         wide = widened(region, (reach[0], reach[1], reach[2]), shape)  # other ends of the region's edges
-        total = network(x, wide).clone()
-        count = total.new_ones(total.shape[1:])  # (C, z, y, x)
+        total = network(x, wide)
+        size: Triple = (total.shape[2], total.shape[3], total.shape[4])
+        count = torch.ones(total.shape[1:], dtype=torch.uint8, device=x.device)  # (C, z, y, x)
         for turn, affinity_move in zip(turns[1:], moves[1:], strict=True):
-            found = turn.back(network(turn.see(x), turn.see_region(wide, shape)))
-            for channel in range(found.shape[1]):
+            seen = network(turn.see(x), turn.see_region(wide, shape))
+            for channel in range(total.shape[1]):  # brought back one by one: a whole copy is large
                 source, shift = channel, (0, 0, 0)
                 if affinities.start <= channel < affinities.stop:
                     source, shift = affinity_move[channel - affinities.start]
                     source += affinities.start
-                here, there = overlap(shift, (found.shape[2], found.shape[3], found.shape[4]))
-                total[:, channel][(slice(None), *here)] += found[:, source][(slice(None), *there)]
+                here, there = overlap(shift, size)
+                total[:, channel][(slice(None), *here)] += turn.back(seen[:, source])[(slice(None), *there)]
                 count[channel][here] += 1
+            del seen  # before the next one is computed
         return total.div_(count)[(slice(None), slice(None), *seen_from(wide, (1, 1, 1), region))]
 
     return average

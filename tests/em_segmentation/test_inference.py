@@ -62,7 +62,7 @@ def largest_difference(config: Config, path: Path, shape: tuple[int, int, int]) 
     """Between probabilities in exact tiles and those of the whole volume at once, padded to the network's grid."""
     model, image = random_model(config, 3), image_at(path, shape, 1)
     padded, _, _ = exact_layout(model, shape, config)
-    read = Reader(image, SCALE, torch.device("cpu"), padded)
+    read = Reader(image, SCALE, model, padded)
     network = probability_network(model, config)
     whole = network(read(((0, 0, 0), padded)), everywhere(torch.empty(padded)))[
         0, :, : shape[0], : shape[1], : shape[2]

@@ -231,7 +231,8 @@ def test_the_readmes_network_of_your_own_trains(tmp_path: Path) -> None:
     """As a script that its processes import anew: the guard at its end keeps them from training too."""
     (recipe,) = re.findall(r"```python\n(.*?)```", (ROOT / "em_segmentation" / "README.md").read_text(), re.S)
     (tmp_path / "my_network.py").write_text(recipe)
-    words = ["--fast-dev-run", "model.architecture=mine", "phantom.shape=[40,72,72]", "data.patch_size=[8,32,32]"]
+    words = ["--fast-dev-run", "model.architecture=mine", "inference.tiling=blended", "phantom.shape=[40,72,72]",
+             "data.patch_size=[8,32,32]"]  # fmt: skip
     done = subprocess.run(
         [sys.executable, str(tmp_path / "my_network.py"), *words],
         capture_output=True, text=True, check=False, cwd=tmp_path, env=environment() | {"PYTHONPATH": str(ROOT)},
