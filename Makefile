@@ -14,8 +14,8 @@ demo: $(VENV)/core  ## simulate data, train and evaluate a task: make demo TASK=
 	$(RUN) $(TASK)/train.py
 	$(RUN) $(TASK)/eval.py
 
-test: $(VENV)/tests  ## the quick test suite
-	$(RUN) -m pytest
+test: $(VENV)/tests  ## the quick test suite, a process per core
+	$(RUN) -m pytest --numprocesses auto --maxprocesses 4
 
 lint: $(VENV)/tests  ## style and types
 	$(RUN) -m ruff check .

@@ -8,11 +8,12 @@ a sample without valid voxels has loss 0. Logits may have any float type and are
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from em_segmentation.targets import Target
 
@@ -107,50 +108,65 @@ def at_scale(target: Target, shape: tuple[int, int, int]) -> Target:
     return Target(values, valid)
 
 
+class Sums(NamedTuple):
+    """Over the valid cells of each channel, (B, C) each; p is sigmoid or softmax of the logits, t the truth."""
+
+    both: Tensor  # of p t
+    found: Tensor  # of p
+    there: Tensor  # of t
+    entropy: Tensor  # of the cross-entropy; of classes (B, 1)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Known:
-    """Logits and truth (B, C, z, y, x) of what is valid; hidden cells hold logits and truth that cost nothing.
+    """Output and target of a network, and where the target is known.
 
-    What several functions ask for is computed once.
+    What several functions ask for is computed once. What stands in cells that are not valid, NaN included, has no part in
+    any value or gradient.
     """
 
-    logits: Tensor
-    truth: Tensor  # of classes (B, 1, z, y, x), the class's number
+    output: Tensor  # (B, C, z, y, x)
+    target: Tensor  # the same; of classes (B, 1, z, y, x), the class's number
     valid: Tensor | None  # (B, C or 1, z, y, x) bool; None: every cell
     counts: Tensor  # (B, C): valid cells
     are_classes: bool
+    is_bounded: bool  # tanh of the output is compared
+    hidden: float  # the output's value where invalid, for losses of single cells
 
-    def shown(self, cells: Tensor) -> Tensor:
-        """The cells, 0 where invalid."""
-        return cells if self.valid is None else torch.where(self.valid, cells, 0)
+    def shown(self, cells: Tensor, otherwise: float) -> Tensor:
+        """The cells, another value where invalid."""
+        return cells if self.valid is None else torch.where(self.valid, cells, otherwise)
 
     def mean(self, cells: Tensor) -> Tensor:
         """Mean over the valid cells (B, C, z, y, x) of each sample, the others being 0; 0 where none is valid; (B,)."""
-        count = self.counts.sum(1) * cells.shape[1] / self.counts.shape[1]
-        return cells.flatten(1).sum(1) / count.clamp(min=1)
+        return self.mean_of_sums(cells.flatten(2).sum(2))
+
+    def mean_of_sums(self, sums: Tensor) -> Tensor:
+        """The same of sums over cells (B, C) or (B, 1)."""
+        count = self.counts.sum(1) * sums.shape[1] / self.counts.shape[1]
+        return sums.sum(1) / count.clamp(min=1)
 
     @functools.cached_property
-    def log_softmax(self) -> Tensor:
-        """Of classes, where valid or not."""
-        return self.logits.log_softmax(1)
+    def logits(self) -> Tensor:
+        """The output, or its tanh, with the hidden value where invalid."""
+        x = self.shown(self.output, self.hidden)
+        return x.tanh() if self.is_bounded else x
+
+    @functools.cached_property
+    def truth(self) -> Tensor:
+        """The target, 0 where invalid."""
+        return self.shown(self.target, 0.0)
 
     @functools.cached_property
     def log_truth(self) -> Tensor:
         """log softmax at the true class, 0 where invalid; (B, 1, z, y, x)."""
-        return self.shown(self.log_softmax.gather(1, self.truth.long()))
+        return self.shown(self.logits.log_softmax(1).gather(1, self.truth.long()), 0.0)
 
     @functools.cached_property
-    def probability(self) -> Tensor:
-        """Of each channel, 0 where invalid."""
-        return self.shown(self.log_softmax.exp()) if self.are_classes else self.logits.sigmoid()  # 0 for SURELY_NOT
-
-    @functools.cached_property
-    def channel_truth(self) -> Tensor:
-        """0 or 1 of each channel, 0 where invalid."""
-        if not self.are_classes:
-            return self.truth
-        numbers = torch.arange(self.logits.shape[1], device=self.logits.device).view(-1, 1, 1, 1)
-        return self.shown((self.truth == numbers).to(self.logits.dtype))
+    def sums(self) -> Sums:
+        """Of all of the losses that are made of sums, in one pass forth and back."""
+        function = _ClassSums if self.are_classes else _BinarySums
+        return Sums(*function.apply(self.output, self.target, self.valid))  # type: ignore[no-untyped-call]
 
     @functools.cached_property
     def cross_entropy(self) -> Tensor:
@@ -158,19 +174,81 @@ class Known:
         return functional.binary_cross_entropy_with_logits(self.logits, self.truth, reduction="none")
 
 
+def bits_of(valid: Tensor | None, cells: Tensor) -> Tensor | None:
+    """All bits of a cell's type where valid, none elsewhere; a mask that `hide_` takes."""
+    bits = torch.int64 if cells.dtype == torch.float64 else torch.int32
+    return None if valid is None else valid.to(bits).neg_()
+
+
+def hide_(cells: Tensor, bits: Tensor | None) -> Tensor:
+    """Zero where invalid, in place: six times as fast as torch.where, and NaN vanishes too."""
+    if bits is not None:
+        cells.view(bits.dtype).bitwise_and_(bits)
+    return cells
+
+
+class _BinarySums(torch.autograd.Function):
+    """Sums of channels with a sigmoid each: of logits x and truth t (B, C, z, y, x), valid (B, C or 1, z, y, x) or None."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, t: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        bits = bits_of(valid, x)
+        p, t = hide_(x.sigmoid(), bits), hide_(t.clone(), bits)
+        ctx.save_for_backward(p, t)
+        entropy = x.abs().neg_().exp_().add_(1).log_()  # log(1 + exp x) = max(x, 0) + log(1 + exp -|x|)
+        entropy = hide_(entropy.add_(x.clamp(min=0)).addcmul_(x, t, value=-1), bits)
+        both = torch.linalg.vecdot(p.flatten(2), t.flatten(2))
+        found, there, entropy_sum = (cells.flatten(2).sum(2) for cells in (p, t, entropy))
+        ctx.mark_non_differentiable(there)
+        return both, found, there, entropy_sum
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """d p = p (1 - p) dx; d entropy = (p - t) dx; both are 0 where p = t = 0."""
+        p, t = ctx.saved_tensors
+        by_both, by_found, _, by_entropy = (gradient[:, :, None, None, None] for gradient in gradients)
+        by_x = (t * by_both).add_(by_found).mul_(torch.addcmul(p, p, p, value=-1))
+        return by_x.addcmul_(p - t, by_entropy), None, None
+
+
+class _ClassSums(torch.autograd.Function):
+    """Sums of channels with one softmax: of logits x (B, C, z, y, x), the class's number (B, 1, z, y, x), valid or None."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, number: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        bits = bits_of(valid, x)
+        index = hide_(number.clone(), bits).long()
+        logarithm = x.log_softmax(1)
+        entropy = hide_(logarithm.gather(1, index).neg_(), bits).flatten(2).sum(2)
+        p = hide_(logarithm.exp_(), bits)
+        t = hide_(torch.zeros_like(p).scatter_(1, index, 1.0), bits)
+        ctx.save_for_backward(p, t)
+        there = t.flatten(2).sum(2)
+        ctx.mark_non_differentiable(there)
+        return torch.linalg.vecdot(p.flatten(2), t.flatten(2)), p.flatten(2).sum(2), there, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """d p_k = p_k (dx_k - sum_c p_c dx_c); d entropy = sum_k (p_k - t_k) dx_k."""
+        p, t = ctx.saved_tensors
+        by_both, by_found, _, by_entropy = (gradient[:, :, None, None, None] for gradient in gradients)
+        by_x = (t * by_both).add_(by_found).mul_(p)
+        by_x.addcmul_(p, by_x.sum(1, keepdim=True), value=-1)
+        return by_x.addcmul_(p - t, by_entropy), None, None
+
+
 def known_part(name: "TargetName", output: Tensor, target: Target, are_classes: bool) -> Known:
-    """Output and target of cells that are valid: the gradient forgets what stood in others, NaN included."""
+    """Output and target of a loss; output (B, C, z, y, x) float32 or float64."""
     t, valid = target.values, target.valid
     assert output.shape[2:] == t.shape[2:] == valid.shape[2:], f"{output.shape}, {t.shape}, {valid.shape}"
     assert {valid.shape[1], t.shape[1]} <= {1, output.shape[1]}, f"{output.shape}, {t.shape}, {valid.shape}"
     counts = valid.flatten(2).sum(2)
     is_whole = output.device.type == "cpu" and int(counts.sum()) == valid.numel()  # elsewhere asking would cost more
-    if not is_whole:
-        is_real = name in ("distance", "centre", "lsd")
-        output = torch.where(valid, output, 0.0 if is_real or are_classes else SURELY_NOT)
-        t = torch.where(valid, t, 0)
-    x = output.tanh() if name == "distance" else output
-    return Known(x, t.to(x.dtype), None if is_whole else valid, counts.expand(x.shape[:2]), are_classes)
+    counts, valid_or_none = counts.expand(output.shape[:2]), None if is_whole else valid
+    hidden = 0.0 if are_classes or name in ("distance", "centre", "lsd") else SURELY_NOT
+    return Known(output, t.to(output.dtype), valid_or_none, counts, are_classes, name == "distance", hidden)
 
 
 def _loss(function: "LossName", known: Known, model: "Model") -> Tensor:
@@ -201,7 +279,7 @@ def _loss(function: "LossName", known: Known, model: "Model") -> Tensor:
 
 def binary_cross_entropy(known: Known) -> Tensor:
     """Mean of -(t log p + (1 - t) log(1 - p)), p = sigmoid(logits); (B,)."""
-    return known.mean(known.cross_entropy)
+    return known.mean_of_sums(known.sums.entropy)
 
 
 def weighted_binary_cross_entropy(known: Known, positive_weight: float) -> Tensor:
@@ -228,7 +306,7 @@ def focal_loss_of_classes(known: Known, gamma: float) -> Tensor:
 
 def cross_entropy(known: Known) -> Tensor:
     """Mean of -log softmax(logits) at the true class; (B,)."""
-    return -known.mean(known.log_truth)
+    return known.mean_of_sums(known.sums.entropy)
 
 
 def mean_squared_error(known: Known) -> Tensor:
@@ -249,9 +327,8 @@ def tversky_loss(known: Known, alpha: float, beta: float, smoothing: float) -> T
 
     Source: Salehi et al. 2017, "Tversky loss function", eq. 3. Channels without valid voxels are left out.
     """
-    p, t = known.probability, known.channel_truth
-    true_positive = (p * t).flatten(2).sum(2)  # (B, C)
-    false_positive, false_negative = p.flatten(2).sum(2) - true_positive, t.flatten(2).sum(2) - true_positive
+    true_positive = known.sums.both  # (B, C)
+    false_positive, false_negative = known.sums.found - true_positive, known.sums.there - true_positive
     union = true_positive + alpha * false_positive + beta * false_negative
     loss = 1 - (true_positive + smoothing) / (union + smoothing)
     return loss.sum(1) / (known.counts > 0).sum(1).clamp(min=1)  # where nothing is valid 1 - smoothing / smoothing is 0

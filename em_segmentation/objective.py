@@ -41,12 +41,13 @@ def forward(model: nn.Module, image: Tensor, precision: str) -> list[Tensor]:
 def loss_of(scales: list[Tensor], targets: list[Target], config: Config) -> Tensor:
     """The weighted sum of all targets' losses, (B,)."""
     settings, total = config.targets, scales[0].new_zeros(len(scales[0]), dtype=torch.float32)
-    for number, channels in enumerate(channel_ranges(settings).values()):
+    widths = [num_channels(name, settings) for name in settings.names]
+    parts = [torch.split(logits, widths, 1) for logits in scales]  # back, their gradients are put together at once
+    for number, own in enumerate(zip(*parts, strict=True)):
         functions = settings.loss_functions[number] if settings.loss_functions else config.model.loss_functions
-        own = [logits[:, channels] for logits in scales]
         kind = settings.names[number]
         if len(own) > 1:
-            losses = deep_supervision_loss(kind, own, targets[number], functions, config.model, settings)
+            losses = deep_supervision_loss(kind, list(own), targets[number], functions, config.model, settings)
         else:
             losses = target_loss(kind, own[0], targets[number], functions, config.model, settings)
         total = total + settings.weights[number] * losses

@@ -98,7 +98,9 @@ class ResNet(Backbone):
         initialise(self, "fan_out", None)
 
     def maps(self, x: Tensor) -> list[Tensor]:
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.relu(
+            self.maxpool(self.bn1(self.conv1(x)))
+        )  # the same as pooled afterwards, on a quarter of the values
         found = []
         for number in range(1, 5):
             x = self.get_submodule(f"layer{number}")(x)

@@ -21,6 +21,7 @@ from common.errors import config_error, data_error
 from common.files import write_atomically, write_text
 from common.lock import exclusive
 from common.logbook import progress
+from common.memory import keep_freed_memory
 from common.processes import submit_all, worker_pool
 from common.streams import random_for
 from data.phantoms.em_curves import draw_curves
@@ -185,6 +186,7 @@ def written(settings: EMPhantom, folder: Path, missing: list[tuple[str, int]], p
 
 def write_volume(settings: EMPhantom, folder: Path, role: str, number: int) -> None:
     """Write one volume; its folder appears when it is complete."""
+    keep_freed_memory()
     image, labels, record = simulate_volume(settings, role, number)
     name = volume_name(role, number)
     partial = folder / f".{name}.partial"

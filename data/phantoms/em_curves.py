@@ -199,17 +199,19 @@ def pushes(position: Points, radius: Floats, neurite: Ints) -> Points:
     one, two = close_pairs(position, radius)
     apart = neurite[one] != neurite[two]
     one, two = one[apart], two[apart]
-    between = position[one] - position[two]
-    distance = np.linalg.norm(between, axis=1) + 1e-3
-    overlap = TIGHT * (radius[one] + radius[two]) - distance
-    kept = overlap > 0
-    one, two, between, distance, overlap = one[kept], two[kept], between[kept], distance[kept], overlap[kept]
-    share = radius[two] / (radius[one] + radius[two])
-    force = between * (overlap / distance)[:, None]
+    places = np.ascontiguousarray(position.T)  # axis by axis: several times faster than rows of three
+    between = [along[one] - along[two] for along in places]
+    distance = np.sqrt(between[0] ** 2 + between[1] ** 2 + between[2] ** 2) + 1e-3
+    both = radius[one] + radius[two]
+    overlap = TIGHT * both - distance
+    kept = np.flatnonzero(overlap > 0)
+    one, two, both = one[kept], two[kept], both[kept]
+    share, strength = radius[two] / both, overlap[kept] / distance[kept]
     total = np.empty_like(position)
     for axis in range(3):
-        total[:, axis] = np.bincount(one, force[:, axis] * share, len(position))
-        total[:, axis] -= np.bincount(two, force[:, axis] * (1 - share), len(position))
+        force = between[axis][kept] * strength
+        total[:, axis] = np.bincount(one, force * share, len(position))
+        total[:, axis] -= np.bincount(two, force * (1 - share), len(position))
     touching = np.bincount(one, minlength=len(position)) + np.bincount(two, minlength=len(position))
     return np.asarray(total / np.maximum(0.45 * touching, 1)[:, None], np.float64)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from common.blocks import NormName, norm_layer
-from em_segmentation.model_defs.convolution import Conv3d
+from em_segmentation.model_defs.convolution import Conv3d, Pointwise
 from em_segmentation.regions import Region, Triple, cut, divided, everywhere, seen_from, widened
 
 SLAB = 32  # cells along z that a level works on at once while predicting; a multiple of all poolings
@@ -105,9 +105,9 @@ class RSUNet(nn.Module):
         self.reaches = [(kernel[0] // 2, kernel[1] // 2, kernel[2] // 2) for kernel in kernels]
         self.factors: list[Triple] = [(2 if edge == 3 else 1, 2, 2) for edge in kernel_z[:-1]]
         finer = list(range(len(filters) - 1))
-        self.raises = nn.ModuleList(Conv3d(filters[level + 1], filters[level], 1, bias=False) for level in finer)
+        self.raises = nn.ModuleList(Pointwise(filters[level + 1], filters[level], False) for level in finer)
         self.ups = nn.ModuleList(MergeModule(filters[level], kernels[level], norm) for level in finer)
-        self.head = Conv3d(filters[0], out_channels * folded, 1)
+        self.head = Pointwise(filters[0], out_channels * folded, True)
         halo, self.alignment = reach_of(fold, kernels, self.factors)
         self.halo = halo if norm == "batch" else None  # statistics of a group norm come from the whole tile
 

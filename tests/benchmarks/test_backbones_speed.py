@@ -58,6 +58,7 @@ def medians(theirs: nn.Module, ours: Any, x: Tensor, count: int) -> tuple[float,
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("name", NAMES)
 def test_no_slower_than_the_reference(reference: Any, name: str) -> None:
     torch.manual_seed(0)
@@ -79,6 +80,7 @@ def operations(forward: Callable[[Tensor], Tensor], x: Tensor) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_3d_beside_the_reference_per_operation(reference: Any) -> None:
     """On volumes of about as many operations: strides along z too make ours eight times cheaper on the same volume."""
     torch.manual_seed(0)

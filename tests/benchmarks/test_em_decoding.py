@@ -64,6 +64,7 @@ def rand_error(truth: npt.NDArray[np.uint16], fragments: Ids, boundary: Volume) 
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_watershed_is_three_times_as_fast_as_scikit_image_and_no_worse(
     truth: npt.NDArray[np.uint16], boundary: Volume
 ) -> None:

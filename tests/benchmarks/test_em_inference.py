@@ -64,6 +64,7 @@ def timed(work: Callable[[], Tensor]) -> tuple[float, Tensor]:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @torch.inference_mode()
 def test_windows_are_six_times_faster_than_the_references_at_equal_dice() -> None:
     inferers = pytest.importorskip("monai.inferers")

@@ -44,6 +44,7 @@ def ours(truth: Ids, found: Ids) -> tuple[float, ...]:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_measures_are_ten_times_as_fast_as_scikit_image_and_equal(truth: Ids) -> None:
     metrics = pytest.importorskip("skimage.metrics")
 

@@ -82,6 +82,7 @@ def peak_of(depth: int, folder: Path) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_memory_follows_blocks_and_not_the_volume(tmp_path: Path) -> None:
     """The probabilities alone of the larger volume are four times what may be added for it."""
     small, large = peak_of(64, tmp_path / "small"), peak_of(256, tmp_path / "large")

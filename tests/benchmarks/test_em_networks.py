@@ -99,6 +99,7 @@ def best_seconds(case: Case, nets: Any, count: int) -> tuple[float, float, float
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("name", list(CASES))
 def test_training_is_faster_than_the_reference(name: str) -> None:
     nets = pytest.importorskip("monai.networks.nets")

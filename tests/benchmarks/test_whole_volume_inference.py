@@ -55,6 +55,7 @@ def tomogram(tmp_path_factory: pytest.TempPathFactory) -> Tomogram:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_exact_tiles_are_eight_times_faster_than_half_overlapping_windows(tomogram: Tomogram) -> None:
     keep_freed_memory()  # as predict.py does; the windows gain from it too
     model = begin(KAGGLE, CPU).average
@@ -83,6 +84,7 @@ def test_exact_tiles_are_eight_times_faster_than_half_overlapping_windows(tomogr
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_tiled_logits_equal_the_untiled_ones_at_full_size(tmp_path: Path) -> None:
     """On a crop that fits into memory whole: float32, tiles of a fraction of it."""
     random = np.random.default_rng(1)
@@ -103,6 +105,7 @@ def test_tiled_logits_equal_the_untiled_ones_at_full_size(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_predict_needs_less_than_three_gigabytes(tomogram: Tomogram, tmp_path: Path) -> None:
     from common.checkpoint import save_checkpoint
 

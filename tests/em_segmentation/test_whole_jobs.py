@@ -10,6 +10,7 @@ from tests.common_runs import run_as_a_user
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_demo_finds_mitochondria_and_neurites_that_simple_methods_do_not(tmp_path: Path) -> None:
     run_as_a_user(tmp_path, "em_segmentation/train.py", "run.name=demo")
     run_as_a_user(tmp_path, "em_segmentation/eval.py", "run.name=demo")

@@ -10,6 +10,7 @@ from tests.common_runs import ROOT, run_as_a_user
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_demo_finds_motors_that_a_blob_picker_does_not(tmp_path: Path) -> None:
     run_as_a_user(tmp_path, "motor_detection/train.py", "run.name=demo")
     run_as_a_user(tmp_path, "motor_detection/eval.py", "run.name=demo")
@@ -25,6 +26,7 @@ def test_the_demo_finds_motors_that_a_blob_picker_does_not(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_particles_of_deepfinders_simulated_tomograms(tmp_path: Path, real_data: Path) -> None:
     run_as_a_user(
         tmp_path,
