@@ -30,6 +30,11 @@ class Edges:
     v: Counts
     counts: Counts  # (num_edges, 2): total and contacts; or (num_edges, bins): the histogram
     rank: Counts  # place of the first of its original edges in the order of (u, v)
+    score: Scores  # scores_of the counts
+
+    def only(self, rows: npt.NDArray[np.bool_] | Counts) -> "Edges":
+        """Some of them."""
+        return Edges(self.u[rows], self.v[rows], self.counts[rows], self.rank[rows], self.score[rows])
 
 
 def agglomerate(graph: RegionGraph, num_fragments: int, percent: int, thresholds: tuple[int, ...]) -> list[Ids]:
@@ -43,7 +48,7 @@ def agglomerate(graph: RegionGraph, num_fragments: int, percent: int, thresholds
     assert percent == MEAN or graph.histogram.shape[1] > 0, "Quantiles need a graph with histograms"
     counts = np.stack([graph.total, graph.contacts], 1) if percent == MEAN else graph.histogram
     rank = np.arange(len(graph.u), dtype=np.int64)
-    edges = Edges(graph.u.astype(np.int64), graph.v.astype(np.int64), counts, rank)
+    edges = Edges(graph.u.astype(np.int64), graph.v.astype(np.int64), counts, rank, scores_of(counts, percent))
     mapping = np.arange(num_fragments + 1, dtype=np.int32)
     results = []
     for threshold in thresholds:
@@ -58,8 +63,8 @@ def scores_of(counts: Counts, percent: int) -> Scores:
     if percent == MEAN:
         mean: Scores = counts[:, 0] / np.maximum(counts[:, 1], 1)
         return mean
-    reached = np.cumsum(counts, 1) * 100 >= percent * counts.sum(1, keepdims=True)
-    filled: npt.NDArray[np.bool_] = reached & (np.cumsum(counts, 1) > 0)
+    below = np.cumsum(counts, 1)
+    filled: npt.NDArray[np.bool_] = (below * 100 >= percent * below[:, -1:]) & (below > 0)
     lower_end: Scores = filled.argmax(1) * (256.0 / counts.shape[1])
     return lower_end
 
@@ -68,64 +73,72 @@ def _merge_down_to(edges: Edges, num_nodes: int, percent: int, threshold: int, l
     """Node n becomes target[n]; the edges between what is left. `last`: the lowest threshold still to come."""
     target = np.arange(num_nodes, dtype=np.int32)
     while True:
-        score = scores_of(edges.counts, percent)
-        edges, score = _that_matter(edges, score, num_nodes, last)
-        pairs = np.flatnonzero(_are_best_of_both(edges, score, num_nodes) & (score >= threshold))
+        edges = _that_matter(edges, num_nodes, last)
+        pairs = np.flatnonzero(_are_best_of_both(edges, num_nodes) & (edges.score >= threshold))
         if len(pairs) == 0:
             return target, edges
         if len(pairs) < FEW_PAIRS:
             merged = _merge_by_queue(edges, num_nodes, percent, threshold)
-            return merged[target], _contracted(edges, merged)
+            return merged[target], _contracted(edges, merged, percent)
         merged = np.arange(num_nodes, dtype=np.int32)
         merged[np.maximum(edges.u[pairs], edges.v[pairs])] = np.minimum(edges.u[pairs], edges.v[pairs])
         target = merged[target]
-        edges = _contracted(edges, merged)
+        edges = _contracted(edges, merged, percent)
 
 
-def _that_matter(edges: Edges, score: Scores, num_nodes: int, last: int) -> tuple[Edges, Scores]:
+def _best_of_nodes(edges: Edges, num_nodes: int) -> Scores:
+    """The highest score of each node's edges, -1 where it has none (num_nodes,)."""
+    best = np.full(num_nodes, -1.0)
+    np.maximum.at(best, edges.u, edges.score)
+    np.maximum.at(best, edges.v, edges.score)
+    return best
+
+
+def _that_matter(edges: Edges, num_nodes: int, last: int) -> Edges:
     """Without edges of nodes none of whose edges reaches the last threshold: scores never rise by merging."""
-    best = np.full(num_nodes, -1.0)
-    np.maximum.at(best, edges.u, score)
-    np.maximum.at(best, edges.v, score)
+    best = _best_of_nodes(edges, num_nodes)
     kept = (best[edges.u] >= last) & (best[edges.v] >= last)
-    return Edges(edges.u[kept], edges.v[kept], edges.counts[kept], edges.rank[kept]), score[kept]
+    return edges if kept.all() else edges.only(kept)
 
 
-def _are_best_of_both(edges: Edges, score: Scores, num_nodes: int) -> npt.NDArray[np.bool_]:
+def _are_best_of_both(edges: Edges, num_nodes: int) -> npt.NDArray[np.bool_]:
     """Which edges are the best (highest score, then least rank) of both their ends (num_edges,)."""
-    best = np.full(num_nodes, -1.0)
-    np.maximum.at(best, edges.u, score)
-    np.maximum.at(best, edges.v, score)
+    best = _best_of_nodes(edges, num_nodes)
     first = np.full(num_nodes, np.iinfo(np.int64).max)
     for end in (edges.u, edges.v):
-        top = best[end] == score
+        top = best[end] == edges.score
         np.minimum.at(first, end[top], edges.rank[top])
     found: npt.NDArray[np.bool_] = (first[edges.u] == edges.rank) & (first[edges.v] == edges.rank)
     return found
 
 
-def _contracted(edges: Edges, merged: Ids) -> Edges:
-    """The edges after node n became merged[n]; only those that moved can have become parallel to another."""
+def _contracted(edges: Edges, merged: Ids, percent: int) -> Edges:
+    """The edges after node n became merged[n]; only those that have become parallel to others are counted again."""
     u, v = merged[edges.u].astype(np.int64), merged[edges.v].astype(np.int64)
     low, high = np.minimum(u, v), np.maximum(u, v)
     codes = low * len(merged) + high
     order = np.argsort(codes, kind="stable")
     order = order[(low != high)[order]]
     if len(order) == 0:
-        return Edges(low[:0], high[:0], edges.counts[:0], edges.rank[:0])
+        return edges.only(order)
     starts = np.flatnonzero(np.diff(codes[order], prepend=-1))
-    first = order[starts]
-    counts = np.add.reduceat(edges.counts[order], starts, axis=0)
-    return Edges(low[first], high[first], counts, np.minimum.reduceat(edges.rank[order], starts))
+    first = edges.only(order[starts])
+    sizes = np.diff(starts, append=len(order))
+    several = np.flatnonzero(sizes > 1)
+    if len(several):
+        rows, heads = order[np.repeat(sizes > 1, sizes)], np.cumsum(sizes[several]) - sizes[several]
+        first.counts[several] = np.add.reduceat(edges.counts[rows], heads, axis=0)
+        first.rank[several] = np.minimum.reduceat(edges.rank[rows], heads)
+        first.score[several] = scores_of(first.counts[several], percent)
+    return dataclasses.replace(first, u=low[order[starts]], v=high[order[starts]])
 
 
 def _merge_by_queue(edges: Edges, num_nodes: int, percent: int, threshold: int) -> Ids:
     """The same merging, one link at a time; node n becomes target[n]."""
     near = _neighbours(edges)
-    score = scores_of(edges.counts, percent)
-    start = np.flatnonzero(score >= threshold)
+    start = np.flatnonzero(edges.score >= threshold)
     queue = list(
-        zip((-score[start]).tolist(), edges.rank[start].tolist(), edges.u[start].tolist(), edges.v[start].tolist(),
+        zip((-edges.score[start]).tolist(), edges.rank[start].tolist(), edges.u[start].tolist(), edges.v[start].tolist(),
             strict=True)
     )  # fmt: skip
     heapq.heapify(queue)
