@@ -47,8 +47,8 @@ def is_unfolded(layer: nn.Conv3d, x: Tensor) -> bool:
         x.device.type == "cpu"
         and len(x) == layer.groups == 1
         and x.shape[1] * x.shape[2] * x.shape[3] <= FEW_CELLS
-        and max(layer.kernel_size) > 1
-        and min(high, wide) <= 3  # wider kernels are oneDNN's anyway
+        and max(high, wide) > 1
+        and min(high, wide) <= 3  # others do not go by this
         and depth // layer.stride[0] + 1 >= LEAST_DEPTH
         and computed_type(x) == torch.float32
     )
