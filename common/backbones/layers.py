@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from common.blocks import BATCH_NORM
@@ -80,7 +81,11 @@ class InPlane(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        done: Tensor = self.layer(x.flatten(1, -3))
+        if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
+            slices = x.transpose(1, 2)  # a batch of images, channels last too: no copy
+            done: Tensor = self.layer(slices.flatten(0, 1))
+            return done.view(*slices.shape[:2], *done.shape[1:]).transpose(1, 2)
+        done = self.layer(x.flatten(1, -3))
         return done.reshape(*x.shape[:-2], *done.shape[-2:])
 
 

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from common.backbones.backbone import Backbone, Builder
@@ -96,11 +97,12 @@ class ResNet(Backbone):
         if num_classes:
             self.fc = nn.Linear(ins, num_classes)
         initialise(self, "fan_out", None)
+        if dims == 3 and groups == 1:  # grouped convolutions are slower so
+            self.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
     def maps(self, x: Tensor) -> list[Tensor]:
-        x = self.relu(
-            self.maxpool(self.bn1(self.conv1(x)))
-        )  # the same as pooled afterwards, on a quarter of the values
+        pooled = self.maxpool(self.bn1(self.conv1(x)))
+        x = nn.functional.relu(pooled)  # the same as before pooling, of a quarter of the values
         found = []
         for number in range(1, 5):
             x = self.get_submodule(f"layer{number}")(x)
