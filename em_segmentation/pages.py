@@ -68,9 +68,7 @@ def interval(figures: Figures, name: str, config: Config) -> str:
 def write_pages(verdict: Verdict, volumes: list[Annotated], config: Config, folder: Path) -> None:
     """Pictures of a run's test volumes, and its report.html."""
     pictures = folder / "figures"
-    sections = [figures_section(verdict.figures, config)]
-    if "semantic" in config.targets.names:
-        sections.append(classes_section(verdict.figures, config))
+    sections = [result_section(verdict.figures, config)]
     shown = shown_of(verdict, volumes[0], config)
     if shown.found_classes is not None or shown.found_ids is not None:
         draw_overlay(shown, pictures / "overlay.png")
@@ -91,46 +89,66 @@ def write_pages(verdict: Verdict, volumes: list[Annotated], config: Config, fold
         curve = pictures / "learning_curve.png"
         draw_learning_curve(read_metrics(folder / "metrics.csv", ("step", "train_loss")), curve)
         sections.append(Section("Learning curve", "", [], curve, ""))
+    sections.append(figures_section(verdict.figures, config))
     sections.append(Section("Config", "", [], None, as_yaml(config)))
     if (folder / "environment.json").exists():
         sections.append(Section("Environment", "", [], None, read_text(folder / "environment.json")))
     write_report(folder / "report.html", f"em_segmentation: {folder.name}", sections)
 
 
+def result_section(figures: Figures, config: Config) -> Section:
+    """The table for whoever reads nothing else: each result with its interval, what simple methods give, and chance."""
+    rows = [["", "test", f"{config.evaluation.confidence:.0%} interval", "simple method", "chance", "better is"]]
+    text = []
+    if "semantic" in config.targets.names:
+        for name in config.targets.semantic_names:
+            key = f"{name}_jaccard"
+            rows.append([f"{name}: Jaccard index", *row_of(figures, key, f"baseline_{key}", f"chance_{key}"), "higher"])
+        text.append(
+            "Jaccard index: of the voxels that are found or true, the share that is both; simple method: Otsu's threshold of "
+            "the raw image; chance: all of it."
+        )
+    if config.decoding.target != "none" and figures["num_true_objects"]:
+        key = "adapted_rand_error"
+        rows.append(["objects: adapted Rand error", *row_of(figures, key, f"baseline_{key}", f"chance_{key}"), "lower"])
+        ours, simple = (
+            float(figures[f"{kind}voi_split"]) + float(figures[f"{kind}voi_merge"]) for kind in ("", "baseline_")
+        )
+        rows.append(["objects: variation of information, bits", f"{ours:.3f}", "", f"{simple:.3f}", "", "lower"])
+        text.append(
+            "Adapted Rand error: 1 - F1 of the pairs of voxels that belong together; variation of information: what splits "
+            f"and merges cost; simple method: {figures['baseline_instances']}; chance: one object."
+        )
+    text.append(
+        f"Measured on {counted(figures['test_volumes'], 'test volume')}; "
+        + (
+            f"thresholds were chosen on {counted(figures['validation_volumes'], 'validation volume')}."
+            if figures["validation_volumes"]
+            else "there are no validation volumes: thresholds are those of the config, the weights the last."
+        )
+        + " Intervals: bootstrap over pieces of the test volumes, which are not fully independent of each other."
+    )
+    return Section("Result", " ".join(text), rows, None, "")
+
+
+def row_of(figures: Figures, name: str, baseline: str, chance: str) -> list[str]:
+    """A figure, its interval, the baseline's and chance's."""
+    low, high = figures[f"{name}_low"], figures[f"{name}_high"]
+    return [f"{figures[name]:.3f}", f"{low:.3f} to {high:.3f}", f"{figures[baseline]:.3f}", f"{figures[chance]:.3f}"]
+
+
 def figures_section(figures: Figures, config: Config) -> Section:
-    """The table of all figures but those of the table of classes."""
-    shown = {column for name in config.targets.semantic_names for column in columns_of_class(name)}
+    """All figures of results/metrics.json but those of the table of results."""
+    results = [f"{name}_jaccard" for name in config.targets.semantic_names] + ["adapted_rand_error"]
+    shown = {
+        text for name in results for text in (name, f"{name}_low", f"{name}_high", f"baseline_{name}", f"chance_{name}")
+    }
     rows = [["figure", "value"]] + [
         [name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value)]
         for name, value in figures.items()
         if name not in shown
     ]
-    where = (
-        f"Thresholds (0 to 255) were chosen on {counted(figures['validation_volumes'], 'validation volume')}."
-        if figures["validation_volumes"]
-        else "There are no validation volumes: thresholds are those of the config, the weights the last."
-    )
-    text = (
-        f"{where} Intervals: {config.evaluation.confidence:.0%}, bootstrap over pieces of the test volumes, which are not "
-        "fully independent of each other."
-    )
-    return Section("Figures on the test volumes", text, rows, None, "")
-
-
-def classes_section(figures: Figures, config: Config) -> Section:
-    """One row per class."""
-    rows = [["class", "Jaccard", f"{config.evaluation.confidence:.0%} interval", "Dice", "baseline Jaccard", "chance"]]
-    for name in config.targets.semantic_names:
-        jaccard, low, high, *others = (f"{figures[column]:.3f}" for column in columns_of_class(name))
-        rows.append([name, jaccard, f"{low} to {high}", *others])
-    text = "Baseline: Otsu's threshold of the raw image, on the side that is better on validation. Chance: all of it."
-    return Section("Classes", text, rows, None, "")
-
-
-def columns_of_class(name: str) -> list[str]:
-    """The figures in a row of the table of classes."""
-    ends = (f"{name}_jaccard", f"{name}_jaccard_low", f"{name}_jaccard_high", f"{name}_dice")
-    return [*ends, f"baseline_{name}_jaccard", f"chance_{name}_jaccard"]
+    return Section("Other figures", "", rows, None, "")
 
 
 def shown_of(verdict: Verdict, volume: Annotated, config: Config) -> Shown:

@@ -247,6 +247,7 @@ def test_pages_hold_all_pictures(tmp_path: Path) -> None:
     assert {p.name for p in (tmp_path / "figures").iterdir()} == {"overlay.png", "errors.png", "thresholds.png"}
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/png") == 3
-    for words in ("adapted rand error", "<td>mitochondria</td>", "Splits and merges", "How thresholds were chosen"):
+    for words in ("adapted Rand error", "<td>mitochondria: Jaccard", "Splits and merges", "How thresholds were chosen"):
         assert words in page
-    assert "mitochondria jaccard" not in page, "the table of classes says it already"
+    assert page.index("95% interval") < page.index("data:image/png"), "the results come first"
+    assert "mitochondria jaccard" not in page, "the table of results says it already"
