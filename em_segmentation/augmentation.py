@@ -13,8 +13,9 @@ from torch import Tensor
 
 from common.augment import add_noise
 from common.streams import random_for
-from em_segmentation.config import Augmentation, Triple
+from em_segmentation.config import Augmentation
 from em_segmentation.grey_values import blur_in_plane, change_intensity, change_section_intensity
+from em_segmentation.regions import Triple, VoxelSize
 from em_segmentation.section_defects import (
     add_noise_boxes,
     blank_sections,
@@ -24,15 +25,7 @@ from em_segmentation.section_defects import (
     shift_sections,
     smear_sections,
 )
-from em_segmentation.warping import (
-    VoxelSize,
-    draw_orientation,
-    draw_warp,
-    nearest_voxels,
-    orient,
-    take_nearest,
-    warp_image,
-)
+from em_segmentation.warping import draw_orientation, draw_warp, nearest_voxels, orient, take_nearest, warp_image
 
 CHANGES = ("turn", "affine", "elastic", "intensity", "section_intensity", "noise", "blur")
 DEFECTS = ("misaligned", "motion_blur", "cut_out", "cut_noise", "missing_section")

@@ -18,17 +18,8 @@ from common.volumes.volume import Volume
 from em_segmentation.config import Config
 from em_segmentation.decoding.settings import Settings
 from em_segmentation.inference import written_channels
-from em_segmentation.prediction import (
-    Bytes,
-    Triple,
-    VoxelSize,
-    decode,
-    decode_sections,
-    discard,
-    finish,
-    forget_others,
-    is_finished,
-)
+from em_segmentation.prediction import Bytes, decode, decode_sections, discard, finish, forget_others, is_finished
+from em_segmentation.regions import Triple, VoxelSize
 
 PROBABILITIES_AT_ONCE = 2**24  # read together; each voxel of them takes about 25 bytes more
 COMPONENT_SETTINGS = Settings(method="components", input="boundary", threshold=128)

@@ -11,9 +11,9 @@ from data.phantoms.em_settings import EMPhantom
 from em_segmentation.config_inference import Decoding, Evaluation, Inference
 from em_segmentation.decoding.settings import settings_of
 from em_segmentation.losses import fitting_problems
+from em_segmentation.regions import Triple
 from em_segmentation.turns import affinity_moves, turns_of
 
-Triple = tuple[int, int, int]
 TargetName = Literal["semantic", "boundary", "affinity", "distance", "centre", "lsd"]
 LossName = Literal["DiceLoss", "FocalLoss", "TverskyLoss", "DiceCELoss", "BCEWithLogitsLoss", "CrossEntropyLoss",
                    "WeightedBCELoss", "MSELoss"]  # fmt: skip

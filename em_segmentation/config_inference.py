@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from typing import Literal
 
 from common.config import LARGEST_INT, outside
+from em_segmentation.regions import Triple
 
-Triple = tuple[int, int, int]
 TestTimeName = Literal["none", "flips", "flips_in_plane", "turns_in_plane", "all"]
 InstanceSource = Literal["none", "affinity", "boundary", "membrane", "semantic"]
 

@@ -12,7 +12,8 @@ from common.streams import random_for
 from em_segmentation.augmentation import Patch
 from em_segmentation.augmentation import problems as augmentation_problems
 from em_segmentation.config import Config, Data, Targets
-from em_segmentation.volumes import Annotated, Role, Triple, check_apart, digest, in_memory, open_role
+from em_segmentation.regions import Triple
+from em_segmentation.volumes import Annotated, Role, check_apart, digest, in_memory, open_role
 
 FIRST_PATCHES = 64  # looked at before training
 

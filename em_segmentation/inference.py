@@ -24,11 +24,10 @@ from em_segmentation.model_defs.registry import KIND, SegmentationModel, build_m
 from em_segmentation.model_defs.rsunet import MergeModule, ResidualModule
 from em_segmentation.model_defs.unetr import UNETR
 from em_segmentation.objective import channel_ranges
-from em_segmentation.regions import Region, everywhere
+from em_segmentation.regions import Region, Triple, everywhere
 from em_segmentation.turns import PartNetwork, averaged, turns_of
 from em_segmentation.volumes import Scale, normalised
 
-Triple = tuple[int, int, int]
 Bytes = npt.NDArray[np.uint8]
 AUXILIARY = ("centre", "lsd")  # targets that help training and are not written
 

@@ -7,9 +7,9 @@ from common.step import autocast
 from em_segmentation.augmentation import Patch
 from em_segmentation.config import Config, Targets
 from em_segmentation.losses import deep_supervision_loss, target_loss
+from em_segmentation.regions import VoxelSize
 from em_segmentation.targets import Target, build_target, num_channels
 
-VoxelSize = tuple[float, float, float]
 PRECISIONS = {"32": "float32", "16-mixed": "float16", "bf16-mixed": "bfloat16"}
 
 

@@ -46,7 +46,6 @@ from em_segmentation.model_defs.registry import SegmentationModel
 from em_segmentation.places import training_identity
 from em_segmentation.prediction import (
     Source,
-    VoxelSize,
     discard,
     instances_identity,
     is_finished,
@@ -55,6 +54,7 @@ from em_segmentation.prediction import (
     write_instances,
     write_prediction,
 )
+from em_segmentation.regions import VoxelSize
 from em_segmentation.train import use_processor
 from em_segmentation.volumes import measure_scale
 

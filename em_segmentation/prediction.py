@@ -45,10 +45,9 @@ from em_segmentation.decoding.pipeline import segment_at
 from em_segmentation.decoding.settings import Settings, settings_of
 from em_segmentation.inference import predicted_boxes, row_starts, written_channels
 from em_segmentation.model_defs.registry import SegmentationModel
+from em_segmentation.regions import Triple, VoxelSize
 from em_segmentation.volumes import Scale
 
-Triple = tuple[int, int, int]
-VoxelSize = tuple[float, float, float]
 Bytes = npt.NDArray[np.uint8]
 
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-Triple = tuple[int, int, int]
+Triple = tuple[int, int, int]  # z, y, x
+VoxelSize = tuple[float, float, float]  # nm, z y x
 Region = tuple[slice, slice, slice]  # z, y, x; start and stop are numbers
 
 

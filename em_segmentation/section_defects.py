@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from common.augment import add_noise
-from em_segmentation.config import Augmentation, Triple
+from em_segmentation.config import Augmentation
+from em_segmentation.regions import Triple
 
 BLANK = (-4.0, -2.0)  # grey of a lost section, standard deviations from the mean: dark, as empty tiles are stored
 MAX_SMEARED_SECTIONS = 3  # by one motion

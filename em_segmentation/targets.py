@@ -12,11 +12,11 @@ from scipy import ndimage
 from torch import Tensor
 
 from common.errors import data_error
+from em_segmentation.regions import Triple
 
 if TYPE_CHECKING:
     from em_segmentation.config import TargetName, Targets
 
-Triple = tuple[int, int, int]
 Size = tuple[float, float, float]  # nm, z y x
 CENTRE_UNIT_NM = 100.0  # of the centre target's vectors: keeps them near 1
 SATURATED = 10.0  # tanh of it is 1 in float32: farther distances need not be known

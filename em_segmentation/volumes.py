@@ -16,10 +16,9 @@ from common.volumes.opening import open_volume, split_location
 from common.volumes.slices import natural_key
 from common.volumes.volume import StoredBox, Volume
 from em_segmentation.config import Data
+from em_segmentation.regions import Triple, VoxelSize
 
 Role = Literal["train", "val", "test"]
-Triple = tuple[int, int, int]
-VoxelSize = tuple[float, float, float]
 SAMPLED_SECTIONS = 32  # spread evenly over z, whose middle is looked at for the grey scale
 SAMPLED_EDGE = 512  # voxels, of that middle
 SLAB = 2**24  # voxels read at once

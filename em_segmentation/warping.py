@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from common.augment import draw_affine
-from em_segmentation.config import Augmentation, Triple
+from em_segmentation.config import Augmentation
+from em_segmentation.regions import Triple, VoxelSize
 
-VoxelSize = tuple[float, float, float]  # nm, z y x
 NEARLY_ISOTROPIC = 1.5  # sections at most so many times as thick as a pixel is wide are warped along z too
 
 

@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from common.files import parsing, write_atomically
-from em_segmentation.decoding.links import Slices, Triple, Volume
+from em_segmentation.decoding.links import Slices, Volume
 from em_segmentation.decoding.region_graph import Ids
 from em_segmentation.decoding.settings import Settings
+from em_segmentation.regions import Triple
 
 Table = npt.NDArray[np.generic]
 

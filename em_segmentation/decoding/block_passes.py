@@ -13,7 +13,7 @@ from em_segmentation.decoding.cleaning import first_voxels, label_sizes
 from em_segmentation.decoding.components import components_of_faces, joined_faces, touched_voxels
 from em_segmentation.decoding.heights import HeightMap, Mask
 from em_segmentation.decoding.holes import background_contacts, background_pieces, with_owners
-from em_segmentation.decoding.links import STEPS, Link, Triple, Volume, link_affinities, sides
+from em_segmentation.decoding.links import STEPS, Link, Volume, link_affinities, sides
 from em_segmentation.decoding.pipeline import check_input, heights_of
 from em_segmentation.decoding.region_graph import Counts, Ids, RegionGraph, region_graph_of_block
 from em_segmentation.decoding.watershed import (
@@ -26,6 +26,7 @@ from em_segmentation.decoding.watershed import (
     labels_of_roots,
     merge_shallow,
 )
+from em_segmentation.regions import Triple
 
 ONE: Triple = (1, 1, 1)
 NONE: Triple = (0, 0, 0)

@@ -27,11 +27,11 @@ from em_segmentation.decoding.block_passes import (
 from em_segmentation.decoding.cleaning import numbered_by_appearance, smallest_dtype, without_small
 from em_segmentation.decoding.executors import Executor
 from em_segmentation.decoding.holes import Contacts, owners
-from em_segmentation.decoding.links import Triple
 from em_segmentation.decoding.pipeline import check_input, objects_of_fragments
 from em_segmentation.decoding.region_graph import Counts, Ids, RegionGraph, added_graphs, empty_graph
 from em_segmentation.decoding.settings import Settings
 from em_segmentation.decoding.watershed import Passes, compacted, followed, joined_labels, merge_shallow
+from em_segmentation.regions import Triple
 
 BATCH = 32  # blocks whose graphs are added at once; bounds the memory
 

@@ -11,7 +11,8 @@ import numpy.typing as npt
 import scipy.ndimage
 
 from common.errors import config_error
-from em_segmentation.decoding.links import FULL, STEPS, Link, Slices, Triple, Volume, link_affinities, shape_of, sides
+from em_segmentation.decoding.links import FULL, STEPS, Link, Slices, Volume, link_affinities, shape_of, sides
+from em_segmentation.regions import Triple
 
 Heights = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]

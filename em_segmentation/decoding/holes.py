@@ -13,8 +13,9 @@ import scipy.ndimage
 
 from em_segmentation.decoding.agglomeration import groups_of_pairs
 from em_segmentation.decoding.block_grid import Box
-from em_segmentation.decoding.links import STEPS, Triple, shape_of, sides
+from em_segmentation.decoding.links import STEPS, shape_of, sides
 from em_segmentation.decoding.region_graph import Counts, Ids
+from em_segmentation.regions import Triple
 
 AnyIds = npt.NDArray[np.integer]
 Kind = TypeVar("Kind", bound=np.integer)

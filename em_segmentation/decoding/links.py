@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import config_error
+from em_segmentation.regions import Triple
 
-Triple = tuple[int, int, int]
 Slices = tuple[slice, slice, slice]
 Volume = npt.NDArray[np.uint8]
 STORED_AT = ("source", "destination")

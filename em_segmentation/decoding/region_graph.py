@@ -8,7 +8,8 @@ import dataclasses
 import numpy as np
 import numpy.typing as npt
 
-from em_segmentation.decoding.links import Link, Triple, Volume, link_affinities, shape_of, sides
+from em_segmentation.decoding.links import Link, Volume, link_affinities, shape_of, sides
+from em_segmentation.regions import Triple
 
 Ids = npt.NDArray[np.int32]
 Counts = npt.NDArray[np.int64]

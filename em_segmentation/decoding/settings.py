@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 from common.errors import config_error
 from em_segmentation.decoding.agglomeration import MEAN
 from em_segmentation.decoding.heights import LARGEST_HEIGHT
-from em_segmentation.decoding.links import FULL, STORED_AT, Link, Triple, affinity_links, boundary_links
+from em_segmentation.decoding.links import FULL, STORED_AT, Link, affinity_links, boundary_links
 from em_segmentation.decoding.watershed import SECTION_AXES, VOLUME_AXES
+from em_segmentation.regions import Triple
 
 if TYPE_CHECKING:
     from em_segmentation.config import Targets

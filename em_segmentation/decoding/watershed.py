@@ -13,7 +13,8 @@ import scipy.sparse
 import scipy.sparse.csgraph
 
 from em_segmentation.decoding.heights import CACHED_VOXELS, LARGEST_HEIGHT, HeightMap, Heights, Mask
-from em_segmentation.decoding.links import STEPS, Triple, shape_of, sides
+from em_segmentation.decoding.links import STEPS, shape_of, sides
+from em_segmentation.regions import Triple
 
 Labels = npt.NDArray[np.int32]
 Index = npt.NDArray[np.int64]

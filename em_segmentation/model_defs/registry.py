@@ -16,11 +16,10 @@ from em_segmentation.model_defs.rsunet import RSUNet, kernels_along_z
 from em_segmentation.model_defs.swin_unetr import SwinUNETR
 from em_segmentation.model_defs.unetr import UNETR
 from em_segmentation.model_defs.unets import BasicUNet3d, ResidualUNet3d
-from em_segmentation.regions import Region
+from em_segmentation.regions import Region, Triple
 from em_segmentation.targets import num_channels
 
 KIND = "em_segmentation"  # of checkpoints with weights of these networks
-Triple = tuple[int, int, int]
 Builder = Callable[[Config, int], nn.Module]  # the config and the number of output channels
 ALIASES = {
     "monai_basic_unet3d": "basic_unet3d",

@@ -11,8 +11,9 @@ from scipy import ndimage
 from torch import Tensor
 
 from em_segmentation.augmentation import CHANGES, DEFECTS, Patch, augmented, draw, problems
-from em_segmentation.config import Augmentation, Triple
+from em_segmentation.config import Augmentation
 from em_segmentation.grey_values import bend, blur_in_plane
+from em_segmentation.regions import Triple
 from em_segmentation.section_defects import (
     BLANK,
     BOX_NOISE,

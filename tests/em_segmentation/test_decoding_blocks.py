@@ -14,9 +14,10 @@ from common.streams import random_for
 from em_segmentation.decoding import block_passes
 from em_segmentation.decoding.blocks import decode_blocks, write_decoded
 from em_segmentation.decoding.executors import Executor, Serial, open_executor
-from em_segmentation.decoding.links import Triple, Volume
+from em_segmentation.decoding.links import Volume
 from em_segmentation.decoding.pipeline import heights_of, segment, segment_at
 from em_segmentation.decoding.settings import Settings
+from em_segmentation.regions import Triple
 
 OFFSETS = ((1, 0, 0), (0, -1, 0), (0, 0, 1), (3, 0, 0), (0, 4, -2), (0, 0, -5))
 

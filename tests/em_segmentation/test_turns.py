@@ -11,9 +11,9 @@ from torch import Tensor
 
 from common.errors import UserError
 from em_segmentation.config import Targets
-from em_segmentation.regions import Region, everywhere
+from em_segmentation.regions import Region, Triple, everywhere
 from em_segmentation.targets import build_target
-from em_segmentation.turns import Triple, Turn, affinity_moves, averaged, overlap, turns_of
+from em_segmentation.turns import Turn, affinity_moves, averaged, overlap, turns_of
 
 MODES = ("none", "flips", "flips_in_plane", "turns_in_plane", "all")
 SHAPE = (7, 10, 13)  # no two axes alike
