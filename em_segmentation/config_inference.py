@@ -49,7 +49,7 @@ class Decoding:
     class_threshold: int = 128  # 0..255, of a single semantic class; eval.py chooses on validation
     exclusive_classes: tuple[int, ...] = ()  # a connected component of them is the one with the most probability in it
     by_section: bool = False  # every section is a picture of its own, objects are 2D
-    block_size: Triple = (128, 512, 512)  # voxels decoded at once; larger volumes go block by block
+    block_size: Triple = (64, 512, 512)  # voxels decoded at once; larger volumes go block by block
     executor: Literal["serial", "processes", "dask"] = "serial"  # where blocks are worked on
     workers: int = 2  # processes on this machine
     dask_address: str = ""  # of a running scheduler, tcp://host:port; empty: local processes
