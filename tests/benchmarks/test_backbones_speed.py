@@ -22,11 +22,8 @@ ROUNDS, WARM_UP = 7, 2
 MOST = 1.05  # of the reference's time
 NAMES = ("resnet50", "densenet121", "efficientnet_b0", "convnext_tiny", "swin_t", "vit_b_16")
 ATTEMPTS = 3  # a machine's other work may spoil one
-CLIP, VOLUME = (
-    (2, 3, 16, 112, 112),
-    (2, 3, 128, 160, 160),
-)  # what the reference's video network is made for; a piece of a CT
-LEAST_RATE = 0.85  # of the reference's; measured: 0.99 (see docs/log.md)
+CLIP = (2, 3, 16, 112, 112)  # what the reference's video network is made for
+VOLUME = (2, 3, 128, 160, 160)  # a piece of a CT
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +84,11 @@ def test_3d_beside_the_reference_per_operation(reference: Any) -> None:
     theirs, ours = reference.video.r3d_18(weights=None).train(), create_classifier("resnet18", 3, 3, 400).train()
     clip, volume = torch.randn(CLIP), torch.randn(VOLUME)
     work = operations(theirs, clip), operations(ours.logits, volume)
-    rounds = [(seconds(theirs, theirs, clip), seconds(ours.logits, ours, volume)) for _ in range(5)]
-    first, second = (statistics.median(times[1:]) for times in zip(*rounds, strict=True))
-    rates = work[0] / first, work[1] / second
-    print(f"\n3D: r3d_18 {first:.3f} s, {rates[0]:.0f} GFLOP/s; resnet18 {second:.3f} s, {rates[1]:.0f} GFLOP/s")
-    assert rates[1] >= LEAST_RATE * rates[0]
+    for _ in range(ATTEMPTS):
+        rounds = [(seconds(theirs, theirs, clip), seconds(ours.logits, ours, volume)) for _ in range(5)]
+        first, second = (statistics.median(times[1:]) for times in zip(*rounds, strict=True))
+        rates = work[0] / first, work[1] / second
+        print(f"\n3D: r3d_18 {first:.3f} s, {rates[0]:.0f} GFLOP/s; resnet18 {second:.3f} s, {rates[1]:.0f} GFLOP/s")
+        if rates[1] >= rates[0]:
+            break
+    assert rates[1] >= rates[0]
