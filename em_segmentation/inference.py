@@ -198,10 +198,6 @@ def as_bytes(probabilities: Tensor, path: Path) -> Tensor:
     return probabilities.mul_(255).round_().to(torch.uint8).cpu()
 
 
-def device_of(model: SegmentationModel) -> torch.device:
-    return next(model.parameters()).device
-
-
 def fitting(size: Triple, grid: Triple) -> Triple:
     """The largest multiples of a grid that are no larger, and at least one of each."""
     z, y, x = (max(edge, n // edge * edge) for n, edge in zip(size, grid, strict=True))
