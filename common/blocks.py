@@ -4,6 +4,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 NormName = Literal["batch", "group"]
 
@@ -20,6 +21,17 @@ def norm_layer(name: NormName, dims: int, channels: int) -> nn.Module:
     while channels % groups:
         groups -= 1
     return nn.GroupNorm(groups, channels)
+
+
+def absorbed(conv: nn.Conv2d | nn.Conv3d, norm: nn.Module) -> nn.Module:
+    """Give a convolution the scale and shift of the batch norm behind it; returns what is left to do: nothing."""
+    if not isinstance(norm, nn.BatchNorm2d | nn.BatchNorm3d):
+        return norm
+    assert norm.running_mean is not None and norm.running_var is not None
+    conv.weight, conv.bias = fuse_conv_bn_weights(
+        conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    )
+    return nn.Identity()
 
 
 class SqueezeExcitation(nn.Module):
@@ -88,7 +100,14 @@ class PreActResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, n...) -> (B, out, ceil(n / stride)...)."""
-        branch = self.conv1(nn.functional.silu(self.norm1(x)))
-        branch = self.conv2(nn.functional.silu(self.norm2(branch)))
+        in_place = not self.training  # one map less in memory; in training the backward pass would need a copy
+        branch = self.conv1(nn.functional.silu(self.norm1(x), in_place))
+        branch = self.conv2(nn.functional.silu(self.norm2(branch), in_place))
         total: Tensor = self.skip(x) + self.drop_path(self.gate(branch))
         return total
+
+    def absorb_norms(self) -> None:
+        """Make norms behind a convolution part of it, for eval mode only: fewer maps in memory."""
+        self.norm2 = absorbed(self.conv1, self.norm2)
+        if isinstance(self.skip, nn.Sequential):
+            self.skip[1] = absorbed(self.skip[0], self.skip[1])  # type: ignore[arg-type]

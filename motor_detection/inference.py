@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.blocks import PreActResBlock
 from common.checkpoint import load_checkpoint, load_weights
 from common.config import restore
 from common.errors import config_error, data_error
@@ -76,8 +77,16 @@ def check_unseen(path: Path, roles: tuple[str, ...], tomograms: list[LabelledTom
 
 
 def working_copy(model: MotorIdentifier, precision: str) -> MotorIdentifier:
-    """The model in the precision it runs fastest in; in bfloat16 all weights are rounded to 8 bits of mantissa."""
-    return copy.deepcopy(model).to(getattr(torch, precision))
+    """The model in the precision it runs fastest in.
+
+    In bfloat16 norms are part of the convolutions before them and all weights are rounded to 8 bits of mantissa.
+    """
+    fast = copy.deepcopy(model)
+    if precision != "float32":
+        for module in fast.modules():
+            if isinstance(module, PreActResBlock):
+                module.absorb_norms()
+    return fast.to(getattr(torch, precision))
 
 
 @torch.inference_mode()

@@ -7,9 +7,8 @@ encoders of Isensee et al. 2024, arXiv:2404.09556), ReLU, and nearest-neighbour 
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from common.blocks import NormName, norm_layer
+from common.blocks import NormName, absorbed, norm_layer
 from em_segmentation.model_defs.convolution import Conv3d, Pointwise
 from em_segmentation.regions import Region, Triple, cut, divided, everywhere, seen_from, widened
 
@@ -62,17 +61,6 @@ class MergeModule(nn.Module):
     def absorb_norms(self) -> None:
         """As a ResidualModule does."""
         self.norm = absorbed(self.conv, self.norm)
-
-
-def absorbed(conv: Conv3d, norm: nn.Module) -> nn.Module:
-    """Give a convolution the scale and shift of the batch norm behind it; returns what is left to do: nothing."""
-    if not isinstance(norm, nn.BatchNorm3d):
-        return norm
-    assert norm.running_mean is not None and norm.running_var is not None
-    conv.weight, conv.bias = fuse_conv_bn_weights(
-        conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-    )
-    return nn.Identity()
 
 
 class RSUNet(nn.Module):

@@ -14,7 +14,7 @@ import math
 from torch import Tensor, nn
 
 from common.blocks import NormName, norm_layer
-from motor_detection.model_defs.nnblock import PreActResBlock3d, TopDownMerge3d
+from motor_detection.model_defs.nnblock import PreActResBlock3d, Stem, TopDownMerge3d
 
 PRIOR = 0.01  # initial probability of a motor per cell, so that training starts at the base rate (Lin et al. 2017b)
 
@@ -52,7 +52,7 @@ class MotorIdentifier(nn.Module):
         self.deepest_stride = 2 ** len(channels)  # voxels per cell of the deepest level
         self.is_local = norm == "batch" and not squeeze_excitation
         assert 2 ** (self.out_level + 1) == stride and 0 <= self.out_level < len(channels), f"stride {stride}"
-        self.stem = nn.Conv3d(1, channels[0], 5, stride=2, padding=2, bias=False)  # a norm follows
+        self.stem = Stem(channels[0])
         rates = [drop_path * level / max(1, len(channels) - 1) for level in range(len(channels))]
         self.stages = nn.ModuleList(
             PreActResBlock3d(channels[level - 1], channels[level], 2, norm, squeeze_excitation, rates[level])

@@ -1,8 +1,30 @@
 """The blocks of MotorIdentifier: common's N-D blocks at three dimensions, and what only this network needs."""
 
+import torch
 from torch import Tensor, nn
 
 from common.blocks import NormName, PreActResBlock
+from common.convolution import computed_type
+
+
+class Stem(nn.Conv3d):
+    """A 5^3 convolution of one channel at stride 2: (B, 1, z, y, x) -> (B, out, ceil(z/2), ceil(y/2), ceil(x/2)).
+
+    In bfloat16 on a CPU two voxels along x become two channels of a cell, which is the same memory seen otherwise: the
+    kernel's multiplications go by pairs there, and one channel would leave half of them empty.
+    """
+
+    def __init__(self, out_channels: int) -> None:
+        super().__init__(1, out_channels, 5, stride=2, padding=2, bias=False)  # a norm follows
+
+    def forward(self, volume: Tensor) -> Tensor:
+        if volume.device.type != "cpu" or computed_type(volume) != torch.bfloat16:
+            return super().forward(volume)
+        volume = nn.functional.pad(volume, (0, volume.shape[4] % 2)).contiguous()
+        batch, _, z, y, x = volume.shape
+        pairs = volume.view(batch, z, y, x // 2, 2).permute(0, 4, 1, 2, 3)  # (B, 2, z, y, ceil(x/2)), channels last
+        kernel = nn.functional.pad(self.weight, (0, 1)).reshape(-1, 5, 5, 3, 2).permute(0, 4, 1, 2, 3)
+        return nn.functional.conv3d(pairs, kernel, None, (2, 2, 1), (2, 2, 1))
 
 
 class PreActResBlock3d(PreActResBlock):

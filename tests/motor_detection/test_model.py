@@ -1,5 +1,6 @@
 """MotorIdentifier: its size, its shapes, how far it sees, and which variants may be run in exact tiles."""
 
+import copy
 import dataclasses
 import itertools
 
@@ -7,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.blocks import NormName
+from common.blocks import NormName, PreActResBlock
 from common.tiling import cube, exact_tiles, output_shape, run_exactly
 from motor_detection.config import KAGGLE, PHANTOM
 from motor_detection.model_defs.motoridentifier import PRIOR, MotorIdentifier, Reach, count_parameters
+from motor_detection.model_defs.nnblock import Stem
 from motor_detection.trainer import build_model
 from tests.motor_detection.small_runs import random_network
 
@@ -171,3 +173,31 @@ def test_odd_sizes_are_reached_by_all_levels() -> None:
             size = [8, 8, 8]
             size[axis] = n
             assert model(torch.zeros(1, 1, *size)).shape[2 + axis] == -(-n // 2)
+
+
+@pytest.mark.parametrize("size", [(17, 32, 24), (16, 21, 33), (9, 8, 7)])
+def test_the_stem_in_bfloat16_is_the_convolution(size: tuple[int, int, int]) -> None:
+    """Two voxels as two channels: the same products, rounded once."""
+    torch.manual_seed(0)
+    stem = Stem(8).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    volume = torch.randn(2, 1, *size).bfloat16()
+    rounded = stem.weight.detach().bfloat16().float()
+    expected = torch.nn.functional.conv3d(volume.float(), rounded, None, 2, 2)
+    with torch.inference_mode():
+        found = copy.deepcopy(stem).bfloat16()(volume)
+    assert found.dtype == torch.bfloat16 and found.shape == expected.shape
+    torch.testing.assert_close(found.float(), expected, rtol=2**-8, atol=2**-8 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("stride", [2, 8])
+def test_absorbed_norms_change_nothing(stride: int) -> None:
+    model = small_network(stride, "batch", False).eval()
+    fast = copy.deepcopy(model)
+    for module in fast.modules():
+        if isinstance(module, PreActResBlock):
+            module.absorb_norms()
+    norms = [sum(isinstance(m, torch.nn.BatchNorm3d) for m in network.modules()) for network in (model, fast)]
+    assert norms[1] < norms[0] / 2
+    volume = torch.randn(1, 1, 32, 40, 24, dtype=torch.float64)
+    with torch.inference_mode():
+        torch.testing.assert_close(fast(volume), model(volume))
