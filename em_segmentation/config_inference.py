@@ -72,9 +72,12 @@ class Evaluation:
     min_object_voxels: int = 0  # smaller true objects are not judged
     confidence: float = 0.95  # of the intervals
     bootstrap_resamples: int = 1000  # of pieces of the test volumes
+    volumes_at_once: int = 1  # judged by so many threads; each holds about 30 bytes per voxel
     seed: int = 0
 
     def problems(self) -> Iterator[str]:
         yield from outside(self, {"iou_thresholds": (0.01, 1), "boundary_tolerance_nm": (0, 1e6)})
         yield from outside(self, {"min_object_voxels": (0, 10**9), "confidence": (0.5, 0.9999)})
-        yield from outside(self, {"bootstrap_resamples": (100, 10**6), "seed": (0, LARGEST_INT)})
+        yield from outside(
+            self, {"bootstrap_resamples": (100, 10**6), "volumes_at_once": (1, 64), "seed": (0, LARGEST_INT)}
+        )

@@ -193,7 +193,7 @@ class _BinarySums(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, t: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         bits = bits_of(valid, x)
-        p, t = hide_(x.sigmoid(), bits), hide_(t.clone(), bits)
+        p, t = hide_(x.sigmoid(), bits), t if bits is None else hide_(t.clone(), bits)
         ctx.save_for_backward(p, t)
         entropy = x.abs().neg_().exp_().add_(1).log_()  # log(1 + exp x) = max(x, 0) + log(1 + exp -|x|)
         entropy = hide_(entropy.add_(x.clamp(min=0)).addcmul_(x, t, value=-1), bits)

@@ -8,8 +8,10 @@ from common.logbook import read_metrics
 from common.report import Section, write_report
 from em_segmentation.config import Config
 from em_segmentation.figures import draw_learning_curve, draw_thresholds
-from em_segmentation.judging import Figures, Verdict, image_of, instance_truth, semantic_truth
+from em_segmentation.judging import Verdict
+from em_segmentation.judging_instances import Figures
 from em_segmentation.overlays import Shown, draw_errors, draw_overlay
+from em_segmentation.truths import image_of, instance_truth, semantic_truth
 from em_segmentation.volumes import Annotated
 
 

@@ -100,12 +100,13 @@ def _affinity(labels: Tensor, annotated: Tensor, settings: "Targets") -> Target:
     shape = (labels.shape[0], len(settings.affinity_offsets), *labels.shape[1:])
     values = torch.zeros(shape, device=labels.device)
     valid = torch.zeros(shape, dtype=torch.bool, device=labels.device)
+    is_object = labels > 0
     towards = 1 if settings.affinity_stored_at == "source" else -1  # the partner is at v + o, or at v - o
     for channel, offset in enumerate(settings.affinity_offsets):
         pairs = [_pairs(n, towards * step) for n, step in zip(labels.shape[1:], offset, strict=True)]
         here = (slice(None), *(first for first, _ in pairs))
         there = (slice(None), *(second for _, second in pairs))
-        values[:, channel][here] = ((labels[here] == labels[there]) & (labels[here] > 0)).float()
+        values[:, channel][here] = (labels[here] == labels[there]).logical_and_(is_object[here])
         valid[:, channel][here] = annotated[here] & annotated[there]
     return Target(values, valid)
 

@@ -15,7 +15,7 @@ from histo_mmnet.names import ImageName
 from histo_mmnet.splits import Trial, shared_units
 
 THUMBNAIL = (24, 16)  # pixels across and down in which pictures are compared
-NEAR = 0.9  # correlation of thumbnails from which two pictures are one; JPEG, size and light keep it above, others are below 0.5
+NEAR = 0.9  # correlation of thumbnails; another size, light or compression keeps it above, other pictures are below 0.5
 FLIPS = ((1, 1), (-1, 1), (1, -1), (-1, -1))  # steps along y and x: none, upside down, mirrored, both
 ROWS = 512  # of a table of pairs held at once
 TOLD = 3  # examples of a finding
@@ -27,7 +27,9 @@ class Pictured:
 
     names: list[ImageName]
     digests: list[str]  # of the pixels, whatever the file's compression
-    thumbnails: npt.NDArray[np.float32]  # (n, 4, 384), mean 0 and length 1 each, once per flip; 0 where nothing is in it
+    thumbnails: npt.NDArray[
+        np.float32
+    ]  # (n, 4, 384), mean 0 and length 1 each, once per flip; 0 where nothing is in it
     colours: Floats  # (n, 18), standardised
 
 

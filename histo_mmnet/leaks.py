@@ -43,7 +43,9 @@ def look_at(folders: list[Path], trials: list[Trial]) -> Pictured | None:
 def main(arguments: list[str]) -> int:
     parser = ScriptParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("splits", type=Path, nargs="+", metavar="SPLIT", help="tables or official lists")
-    parser.add_argument("--images", type=Path, action="append", default=[], metavar="FOLDER", help="BreaKHis_v1, repeatable")
+    parser.add_argument(
+        "--images", type=Path, action="append", default=[], metavar="FOLDER", help="BreaKHis_v1, repeatable"
+    )
     chosen = parser.parse_args(arguments)
     trials = [(path, trial) for path in chosen.splits for trial in read_split(path)]
     pictures = look_at(chosen.images, [trial for _, trial in trials])

@@ -12,8 +12,9 @@ from common.errors import config_error, data_error
 from histo_mmnet.names import CLASSES, MAGNIFICATIONS, ImageName, image_name
 
 ROOT_VARIABLE = "BREAKHIS_ROOT"  # where data.root is not set: one config serves a laptop and a cluster
-INSIDE = (".", "breast", "histology_slides/breast", "BreaKHis_v1/histology_slides/breast",
-          "BreaKHis_v1/BreaKHis_v1/histology_slides/breast", "breakhis/BreaKHis_v1/BreaKHis_v1/histology_slides/breast")  # fmt: skip
+BREAST = "histology_slides/breast"
+INSIDE = (".", "breast", BREAST, f"BreaKHis_v1/{BREAST}", f"BreaKHis_v1/BreaKHis_v1/{BREAST}",
+          f"breakhis/BreaKHis_v1/BreaKHis_v1/{BREAST}")  # fmt: skip
 PUBLISHED = Path(__file__).with_name("breakhis_slides.csv")  # images of the 82 slides, as in the official file lists
 DOUBLED = {"14-13412": ("SOB_M_DC_14-13412", "SOB_M_LC_14-13412")}  # the same images under two subtypes
 TOLD = 5  # differences that are told one by one

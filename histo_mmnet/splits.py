@@ -118,7 +118,9 @@ def read_list(path: Path, number: int) -> Trial:
         name = image_name(fields[0])
         role = next((known for known in ROLES if known == fields[-1].strip()), None)
         if len(fields) != 4 or name is None or role is None:
-            raise data_error(f"{path}:{line_number}: expected FILE.png|MAGNIFICATION|FOLD|train or test, got {line[:60]!r}")
+            raise data_error(
+                f"{path}:{line_number}: expected FILE.png|MAGNIFICATION|FOLD|train or test, got {line[:60]!r}"
+            )
         names.append(name)
         roles.append(role)
     return checked(path, Trial(number, tuple(names), tuple(roles)))
@@ -153,9 +155,9 @@ def read_split(path: Path) -> list[Trial]:
 
 def checked(path: Path, trial: Trial) -> Trial:
     """The trial; a data error where an image stands twice or a side is empty."""
-    twice = [name.file for name, count in Counter(trial.names).items() if count > 1]
+    twice = [(name.file, count) for name, count in Counter(trial.names).items() if count > 1]
     if twice:
-        raise data_error(f"{path}: trial {trial.number}: {twice[0]} stands in it {trial.names.count(image_name(twice[0]))} times")
+        raise data_error(f"{path}: trial {trial.number}: {twice[0][0]} stands in it {twice[0][1]} times")
     if not trial.of("train") or not trial.of("test"):
         raise data_error(f"{path}: trial {trial.number}: expected images to train and to test on")
     return trial
@@ -164,7 +166,9 @@ def checked(path: Path, trial: Trial) -> Trial:
 def write_split(path: Path, trials: list[Trial]) -> None:
     """The trials as a table that read_split reads."""
     rows = [
-        f"{trial.number},{role},{name.file}" for trial in trials for name, role in zip(trial.names, trial.roles, strict=True)
+        f"{trial.number},{role},{name.file}"
+        for trial in trials
+        for name, role in zip(trial.names, trial.roles, strict=True)
     ]
     write_text(path, "\n".join([",".join(COLUMNS), *rows]) + "\n")
 

@@ -13,7 +13,8 @@ from common.volumes.opening import open_volume
 from common.volumes.streaming import open_streamed
 from common.volumes.volume import Volume
 from em_segmentation.config import PHANTOM, Config
-from em_segmentation.judging import Predictions, Roles, Verdict, check_judged, judge, predict_role
+from em_segmentation.judging import Verdict, check_judged, judge, predict_role
+from em_segmentation.judging_instances import Predictions, Roles
 from em_segmentation.pages import summary, write_pages
 from em_segmentation.prediction import note_of
 from em_segmentation.targets import build_target
