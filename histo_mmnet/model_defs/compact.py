@@ -1,0 +1,50 @@
+"""The compact variant: one backbone, told the magnification, and attention over all images of a patient.
+
+Gated attention over a bag (Ilse et al. 2018, arXiv:1802.04712), any number of images of any magnification; few weights besides
+the backbone's, as there are few patients.
+"""
+
+from torch import Tensor, nn
+
+from histo_mmnet.model_defs.slots import Extractors, MagnificationFiLM, check_slots, into_slots
+
+
+class GatedAttentionPool(nn.Module):
+    """Vectors (B, S, C), present (B, S) -> their weighted mean (B, C), and the weights (B, S), 0 where empty."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.value, self.gate, self.score = nn.Linear(channels, hidden), nn.Linear(channels, hidden), nn.Linear(hidden, 1)
+
+    def forward(self, features: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        gated = self.value(features).tanh() * self.gate(features).sigmoid()
+        weight = self.score(gated)[..., 0].float().masked_fill(~present, float("-inf")).softmax(1)
+        return (weight.to(features.dtype)[..., None] * features).sum(1), weight
+
+
+class CompactMMNet(nn.Module):
+    """Bags (B, S, 3, y, x) of magnifications (B, S), present (B, S) -> logits of malignancy (B,)."""
+
+    def __init__(self, backbone: str, width: int, dropout: float) -> None:
+        super().__init__()
+        self.extractors = Extractors(backbone, True)
+        channels = self.extractors.channels
+        self.film = MagnificationFiLM(channels)
+        self.narrow = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, width), nn.ReLU(inplace=True))
+        self.pool = GatedAttentionPool(width, max(8, width // 2))
+        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(width, 1))
+
+    def forward(self, images: Tensor, magnification: Tensor, present: Tensor) -> Tensor:
+        return self.explained(images, magnification, present)[0]
+
+    def explained(self, images: Tensor, magnification: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits (B,), and the weight of each image (B, S), sum 1."""
+        check_slots(images, magnification, present)
+        maps = self.extractors(images[present], magnification[present])
+        vectors = self.narrow(self.film(maps.flatten(2).mean(2), magnification[present]))
+        pooled, weight = self.pool(into_slots(vectors, present), present)
+        return self.head(pooled)[:, 0].float(), weight
+
+    def freeze_backbone(self) -> None:
+        """Train what is on top alone."""
+        self.extractors.requires_grad_(False)
