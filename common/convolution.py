@@ -3,7 +3,7 @@
 Thin maps, no wider than the kernel: torch 2.13's (oneDNN with AVX-512) write beyond their buffers or leave part of a result
 unset: weight gradients in float32 for 3D kernels of 7 on maps of 5 slices and the like, in bfloat16 also those of 2D kernels
 of 7, and outputs. With the zeros put around the map beforehand, and in float32 instead of bfloat16, every such case that
-was tried is right.
+was tried is right. In 2D such a map is unfolded instead: one matrix product, right in bfloat16 too and three times faster.
 
 Small maps of a single volume: torch unfolds them into columns, three to six times slower than oneDNN. As a batch of two
 half volumes they are convolved by oneDNN.
@@ -57,6 +57,8 @@ def is_unfolded(layer: nn.Conv3d, x: Tensor) -> bool:
 def on_thin_map(layer: nn.Conv2d | nn.Conv3d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The layer's output for these weights, of the type that torch's own would have."""
     given = computed_type(x)
+    if isinstance(layer, nn.Conv2d) and layer.groups == 1:
+        return unfolded(layer, x.to(given), weight.to(given), None if bias is None else bias.to(given))
     working = torch.float32 if given == torch.bfloat16 else given
     convolve = nn.functional.conv3d if isinstance(layer, nn.Conv3d) else nn.functional.conv2d
     with torch.autocast("cpu", enabled=False):
@@ -64,6 +66,18 @@ def on_thin_map(layer: nn.Conv2d | nn.Conv3d, x: Tensor, weight: Tensor, bias: T
         bias = None if bias is None else bias.to(working)
         result: Tensor = convolve(padded, weight.to(working), bias, layer.stride, groups=layer.groups)
     return result.to(given)
+
+
+def unfolded(layer: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The layer's output (B, out, y', x') as a matrix product of what its kernel sees at every place."""
+    padding, stride = zeros_around(layer), layer.stride
+    size = [
+        (n + 2 * p - k) // s + 1 for n, p, k, s in zip(x.shape[2:], padding, layer.kernel_size, stride, strict=True)
+    ]
+    with torch.autocast("cpu", enabled=False):
+        seen = nn.functional.unfold(x, layer.kernel_size, padding=padding, stride=stride)  # (B, in * k * k, places)
+        result: Tensor = nn.functional.linear(seen.transpose(1, 2), weight.flatten(1), bias)  # (B, places, out)
+    return result.transpose(1, 2).reshape(len(x), -1, *size)
 
 
 def in_halves(layer: nn.Conv3d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,6 +1,6 @@
 """Learning rate, best weights and early stop as pure functions of the step and of the figures so far."""
 
-from common.schedule import warmup_then_cosine
+from common.schedule import num_plateaus, num_since_best, warmup_then_cosine
 from em_segmentation.config import Config
 
 Record = dict[str, float]
@@ -21,7 +21,7 @@ def learning_rate_share(step: int, records: list[Record], config: Config) -> flo
     if scheduler.name == "constant":
         return 1.0
     epoch = step // per_epoch
-    falls = epoch // scheduler.step_epochs if scheduler.name == "step" else num_plateaus(records, epoch, config)
+    falls = epoch // scheduler.step_epochs if scheduler.name == "step" else plateaus_before(records, epoch, config)
     return max(floor, scheduler.factor**falls)
 
 
@@ -30,34 +30,18 @@ def monitored(records: list[Record], name: str) -> list[Record]:
     return [record for record in records if "epoch" in record and name in record]
 
 
-def better(value: float, than: float, mode: str) -> bool:
-    return value < than if mode == "min" else value > than
-
-
-def num_plateaus(records: list[Record], epoch: int, config: Config) -> int:
+def plateaus_before(records: list[Record], epoch: int, config: Config) -> int:
     """How often, before an epoch, the figure of early stopping had not improved for scheduler.patience epochs."""
     settings = config.early_stopping
-    best, waited, plateaus = None, 0, 0
-    for record in monitored(records, settings.monitor):
-        if record["epoch"] > epoch:
-            break
-        if best is None or better(record[settings.monitor], best, settings.mode):
-            best, waited = record[settings.monitor], 0
-            continue
-        waited += 1
-        if waited >= config.scheduler.patience:
-            plateaus, waited = plateaus + 1, 0
-    return plateaus
+    values = [r[settings.monitor] for r in monitored(records, settings.monitor) if r["epoch"] <= epoch]
+    return num_plateaus(values, config.scheduler.patience, settings.mode)
 
 
 def ends_early(records: list[Record], config: Config) -> bool:
     """Whether the last early_stopping.patience epochs brought no improvement."""
     settings = config.early_stopping
     values = [record[settings.monitor] for record in monitored(records, settings.monitor)]
-    if settings.patience == 0 or not values:
-        return False
-    pick = min if settings.mode == "min" else max
-    return len(values) - 1 - values.index(pick(values)) >= settings.patience
+    return settings.patience > 0 and num_since_best(values, settings.mode) >= settings.patience
 
 
 def ranked(records: list[Record], config: Config) -> list[Record]:

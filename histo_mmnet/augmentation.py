@@ -1,4 +1,4 @@
-"""Images as the network sees them: bytes to brightness, stain, and in training a random change of each image.
+"""Images as the network sees them: bytes to brightness, and in training a random change of each image.
 
 Draws are named by the composite's position, so a replayed step sees the same pixels; the work is done on the device, all
 images of a batch at once.
@@ -13,20 +13,12 @@ from torch import Tensor
 from common.streams import random_for
 from histo_mmnet.config import Augment
 from histo_mmnet.dataset import Batch
-from histo_mmnet.stain import macenko, random_stain, reinhard
+from histo_mmnet.stain import estimate, random_stain, reference_stain
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which backbones' weights expect
 GREY = (0.299, 0.587, 0.114)
 BLUR = (0.5, 1.5)  # pixels
 BLUR_RADIUS = 4
-
-
-def brightness_of(images: Tensor, settings: Augment) -> Tensor:
-    """Bytes (N, 3, y, x) -> brightness 0..1 float32, stain normalised where the config says so."""
-    scaled = images.float() / 255
-    if settings.normalisation == "macenko":
-        return macenko(scaled)
-    return reinhard(scaled) if settings.normalisation == "reinhard" else scaled
 
 
 def standardised(images: Tensor) -> Tensor:
@@ -35,19 +27,23 @@ def standardised(images: Tensor) -> Tensor:
     return (images - mean) / deviation
 
 
-def prepared(batch: Batch, settings: Augment) -> Tensor:
+def prepared(batch: Batch) -> Tensor:
     """The images of a batch to judge, (B, S, 3, y, x) float32; empty slots are 0."""
-    return into_slots(standardised(brightness_of(batch.images[batch.present], settings)), batch)
+    return into_slots(standardised(batch.images[batch.present].float() / 255), batch)
 
 
 @torch.no_grad()
-def augmented(batch: Batch, settings: Augment, seed: int) -> Tensor:
-    """The images of a batch to train on, each changed at random, (B, S, 3, y, x) float32; empty slots are 0."""
+def augmented(batch: Batch, settings: Augment, normalisation: str, seed: int) -> Tensor:
+    """The images of a batch to train on, each changed at random, (B, S, 3, y, x) float32; empty slots are 0.
+
+    normalisation: what the images' stain was normalised by; else each image's own is estimated before it is changed.
+    """
     draws = torch.tensor(np.array([draw(seed, int(p), batch.images.shape[1], settings) for p in batch.index.tolist()]))
     draws = draws.to(batch.images.device, torch.float32)[batch.present]  # (N, DRAWN)
-    images = turned(brightness_of(batch.images[batch.present], settings), draws)
+    images = turned(batch.images[batch.present].float() / 255, draws)
     if settings.stain or settings.stain_shift:
-        images = random_stain(images, 1 + draws[:, 3:5], draws[:, 5:7])
+        stain = estimate(images) if normalisation == "none" else reference_stain(images)
+        images = random_stain(images, stain, 1 + draws[:, 3:5], draws[:, 5:7])
     images = coloured(images, draws)
     if settings.blur:
         images = blurred(images, draws[:, 10])
@@ -62,7 +58,7 @@ def into_slots(images: Tensor, batch: Batch) -> Tensor:
 
 
 def draw(seed: int, position: int, slots: int, settings: Augment) -> np.ndarray:
-    """(slots, 11): flips along y and x, radians, factors of two stains, shifts of them, brightness, contrast, saturation, blur."""
+    """(slots, 11): flips along y, x; radians; two stains' factors, their shifts; brightness, contrast, saturation; blur."""
     random = random_for("augment", seed, position)
     flips = random.random((slots, 2)) < settings.flips
     radians = random.uniform(-1, 1, (slots, 1)) * math.radians(settings.rotation_degrees)

@@ -14,8 +14,11 @@ from histo_mmnet.scan import DoubledPolicy
 class Data:
     source: Literal["phantom", "files"] = "files"  # phantom: simulated, generated below root
     root: Path | None = None  # the folder of BreaKHis_v1; null = the environment variable BREAKHIS_ROOT
-    doubled: DoubledPolicy = "drop"  # of accession 14-13412, which stands under DC and LC; ductal, lobular: that one stays
+    doubled: DoubledPolicy = (
+        "drop"  # of accession 14-13412, which stands under DC and LC; ductal, lobular: that one stays
+    )
     image_size: tuple[int, int] = (224, 224)  # pixels y, x; 700 x 460 is squeezed, as the original does
+    normalisation: Literal["none", "macenko", "reinhard"] = "none"  # of the stain of every image
     use_cache: bool = True  # resized images stay in memory: 150 kB each, 1.2 GB for BreakHis
 
     def problems(self) -> Iterator[str]:
@@ -24,7 +27,9 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    protocol: Literal["accession", "slide", "official"] = "accession"  # slide folds, and the official ones, share patients
+    protocol: Literal["accession", "slide", "official"] = (
+        "accession"  # slide folds, and the official ones, share patients
+    )
     num_folds: int = 5
     seed: int = 42
     official: Path | None = None  # folder of dsfold1.txt ... dsfold5.txt
@@ -66,10 +71,11 @@ class Augment:
     stain: float = 0.2  # amounts of haematoxylin and eosin, shares at most, either way; 0 = none
     stain_shift: float = 0.05  # added to them, in shares of their strength
     missing_view: float = 0.15  # probability that a magnification is hidden in training; one always stays
-    normalisation: Literal["none", "macenko", "reinhard"] = "none"  # of every image, in training and afterwards
 
     def problems(self) -> Iterator[str]:
-        shares = dict.fromkeys(("flips", "brightness", "contrast", "saturation", "blur", "stain", "stain_shift"), (0.0, 0.9))
+        shares = dict.fromkeys(
+            ("flips", "brightness", "contrast", "saturation", "blur", "stain", "stain_shift"), (0.0, 0.9)
+        )
         yield from outside(self, shares | {"rotation_degrees": (0, 180), "missing_view": (0, 0.9)})
 
 
@@ -78,11 +84,12 @@ class Loss:
     focal_alpha: float = 0.5  # weight of malignant; benign has 1 - alpha; 0.5 weighs both alike
     focal_gamma: float = 3.0
     label_smoothing: float = 0.1
+    view_weight: float = 0.5  # of the loss of each photograph by itself, beside that of the composite
     mixup_alpha: float = 0.2  # of Beta(alpha, alpha); one draw and one partner for all views; 0 = none
 
     def problems(self) -> Iterator[str]:
         yield from outside(self, {"focal_alpha": (0.01, 0.99), "focal_gamma": (0, 10), "label_smoothing": (0, 0.5)})
-        yield from outside(self, {"mixup_alpha": (0, 10)})
+        yield from outside(self, {"mixup_alpha": (0, 10), "view_weight": (0, 100)})
         if 0 < self.focal_gamma < 1:
             yield "focal_gamma: expected 0 or at least 1: between them the gradient is infinite where p = t"
 
@@ -101,6 +108,8 @@ class Train:
     scheduler_factor: float = 0.5
     patience: int = 7  # epochs without a better validation balanced accuracy after which training ends; 0 = never
     max_gradient_norm: float = 1.0
+    ema_decay: float = 0.0  # of averaged weights, which are judged and kept; 0 = the weights themselves
+    single_magnifications: bool = True  # train.py also trains the baseline of each magnification
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     workers: int = 0  # reading processes
     deterministic: bool = True
@@ -111,7 +120,9 @@ class Train:
         yield from outside(self, dict.fromkeys(("micro_batch_cuda", "micro_batch_mps", "micro_batch_cpu"), (1, 10**4)))
         yield from outside(self, {"learning_rate": (1e-8, 10), "weight_decay": (0, 10), "scheduler_factor": (0.01, 1)})
         yield from outside(self, {"scheduler_patience": (1, 10**5), "patience": (0, 10**5), "workers": (0, 1024)})
-        yield from outside(self, {"max_gradient_norm": (1e-6, 1e6), "seed": (0, LARGEST_INT)})
+        yield from outside(
+            self, {"max_gradient_norm": (1e-6, 1e6), "ema_decay": (0, 0.99999), "seed": (0, LARGEST_INT)}
+        )
         for device in ("cuda", "mps", "cpu"):
             micro = getattr(self, f"micro_batch_{device}")
             if self.batch_size % micro:
@@ -126,7 +137,9 @@ class Evaluation:
     seed: int = 0
 
     def problems(self) -> Iterator[str]:
-        yield from outside(self, {"confidence": (0.5, 0.9999), "bootstrap_resamples": (100, 10**6), "seed": (0, LARGEST_INT)})
+        yield from outside(
+            self, {"confidence": (0.5, 0.9999), "bootstrap_resamples": (100, 10**6), "seed": (0, LARGEST_INT)}
+        )
 
 
 @dataclasses.dataclass(frozen=True)

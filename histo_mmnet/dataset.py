@@ -9,7 +9,7 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +21,12 @@ from torch.utils.data import Dataset
 from common.errors import UserError, data_error
 from common.streams import random_for
 from histo_mmnet.colours import read_picture
+from histo_mmnet.config import Config
 from histo_mmnet.names import MAGNIFICATIONS, Magnification
 from histo_mmnet.scan import Image
+from histo_mmnet.stain import macenko, reinhard
 
 Bytes = npt.NDArray[np.uint8]
-Part = TypeVar("Part")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,18 +66,28 @@ def slides_of(images: list[Image]) -> list[Slide]:
         grouped[image.name.slide][image.name.magnification].append(image.path)
         first[image.name.slide] = image
     return [
-        Slide(name, first[name].name.accession, first[name].name.label, {m: tuple(own[m]) for m in MAGNIFICATIONS if m in own})
+        Slide(
+            name,
+            first[name].name.accession,
+            first[name].name.label,
+            {m: tuple(own[m]) for m in MAGNIFICATIONS if m in own},
+        )
         for name, own in sorted(grouped.items())
     ]
 
 
 @dataclasses.dataclass
 class Album:
-    """Reads images at one size; keeps what it read where asked to."""
+    """Reads images at one size and of one stain; keeps what it read where asked to."""
 
     size: tuple[int, int]  # y, x
+    normalisation: Literal["none", "macenko", "reinhard"]
     keeps: bool
     kept: dict[Path, Bytes]
+
+    @classmethod
+    def of(cls, config: Config) -> "Album":
+        return cls(config.data.image_size, config.data.normalisation, config.data.use_cache, {})
 
     def read(self, path: Path) -> Bytes:
         """RGB bytes (y, x, 3); a data error names a file that is no image."""
@@ -86,9 +97,20 @@ class Album:
         if pixels.shape[:2] != self.size:
             across = (self.size[1], self.size[0])
             pixels = np.asarray(Pictures.fromarray(pixels).resize(across, Pictures.Resampling.BILINEAR))
+        pixels = normalised(pixels, self.normalisation)
         if self.keeps:
             self.kept[path] = pixels
         return pixels
+
+
+def normalised(pixels: Bytes, normalisation: str) -> Bytes:
+    """RGB bytes (y, x, 3) with their stain normalised."""
+    if normalisation == "none":
+        return pixels
+    brightness = torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32) / 255)[None]
+    mapped = macenko(brightness) if normalisation == "macenko" else reinhard(brightness)
+    found: Bytes = (255 * mapped[0]).round().byte().permute(1, 2, 0).numpy()
+    return found
 
 
 def stacked(paths: list[Path | None], album: Album, label: int, index: int) -> Batch:

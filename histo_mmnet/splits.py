@@ -39,6 +39,11 @@ class Trial:
         """The images of a role, sorted."""
         return sorted(name for name, own in zip(self.names, self.roles, strict=True) if own == role)
 
+    def restricted(self, names: set[ImageName]) -> "Trial":
+        """The same with images that are there alone."""
+        kept = [(name, role) for name, role in zip(self.names, self.roles, strict=True) if name in names]
+        return Trial(self.number, tuple(name for name, _ in kept), tuple(role for _, role in kept))
+
 
 def unit_of(name: ImageName, unit: Unit) -> str:
     """The unit that must not be divided: the accession, or the slide."""

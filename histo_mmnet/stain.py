@@ -14,13 +14,13 @@ import dataclasses
 import torch
 from torch import Tensor
 
-SAMPLED = 2**14  # pixels of an image, at least a quarter of so many, that its stain is estimated from
+SAMPLED = 2**12  # pixels of an image, at least a quarter of so many, that its stain is estimated from
 TISSUE = 0.15  # optical density, mean over channels, from which a pixel is tissue
 FEWEST = 0.01  # share of an image that must be tissue
 WHITE_QUANTILE = 0.98  # of each channel: the empty glass, where there is some
 DARKEST_WHITE = 0.6  # white is at least so bright: an image without glass has none to measure
 ANGLE_QUANTILES = (0.01, 0.99)  # of the pixels' directions: pure haematoxylin and pure eosin
-STRENGTH_QUANTILE = 0.95  # of each stain's concentration: what is matched
+STRENGTH_QUANTILE = 0.99  # of each stain's concentration: what is matched
 NARROWEST = 0.10  # radians between the stains of an image, below which it has only one
 DENSEST = 4.0  # optical density of what is as good as black
 # haematoxylin and eosin in optical density of R, G, B, unit vectors, and strengths, of Macenko et al.'s reference
@@ -110,7 +110,8 @@ def estimate(images: Tensor) -> Stain:
 
 def concentrations(density: Tensor, directions: Tensor) -> Tensor:
     """Least-squares amounts (B, n, 2) of the stains (B, 2, 3) in optical densities (B, n, 3)."""
-    return density @ torch.linalg.pinv(directions.double()).to(density.dtype)  # (B, 3, 2)
+    unmixing: Tensor = torch.linalg.pinv(directions.double()).to(density.dtype)  # (B, 3, 2)
+    return density @ unmixing
 
 
 def by_matrices(density: Tensor, matrices: Tensor) -> Tensor:
@@ -133,12 +134,19 @@ def macenko(images: Tensor) -> Tensor:
     return torch.where(stain.is_found[:, None, None, None], mapped, images)
 
 
-def random_stain(images: Tensor, factors: Tensor, shifts: Tensor) -> Tensor:
+def reference_stain(images: Tensor) -> Stain:
+    """What normalised images (B, 3, y, x) have."""
+    count, device = len(images), images.device
+    reference, strength = torch.tensor(REFERENCE, device=device), torch.tensor(REFERENCE_STRENGTH, device=device)
+    found = torch.ones(count, dtype=torch.bool, device=device)
+    return Stain(torch.ones(count, 3, device=device), reference.expand(count, 2, 3), strength.expand(count, 2), found)
+
+
+def random_stain(images: Tensor, stain: Stain, factors: Tensor, shifts: Tensor) -> Tensor:
     """Brightness 0..1 (B, 3, y, x) with each image's amounts of haematoxylin and eosin (B, 2) scaled and shifted.
 
-    factors: about 1; shifts: about 0, in shares of the image's own strength. What neither stain explains is kept.
+    stain: of the images; factors: about 1; shifts: about 0, in shares of the strength. What neither stain explains is kept.
     """
-    stain = estimate(images)
     unmixing = torch.linalg.pinv(stain.directions.double()).to(images.dtype)  # (B, 3, 2)
     directions = stain.directions.to(images.dtype)
     identity = torch.eye(3, dtype=images.dtype, device=images.device)

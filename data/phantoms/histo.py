@@ -2,7 +2,7 @@
 
 Accessions have one to three slides, slides a few places, and a place is photographed at 40X, 100X, 200X and 400X, each field
 inside the one before. Malignant tissue has larger, more uneven and more crowded nuclei in more disordered glands; dyes and
-lamp differ from accession to accession whatever its class, and the mean of haematoxylin does not tell how many nuclei there are.
+lamp differ from accession to accession whatever its class, and a place's mean of haematoxylin does not tell its nuclei.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from common.logbook import progress
 from common.processes import submit_all, worker_pool
 from common.streams import random_for
 from data.phantoms.histo_imaging import draw_staining, of_slide, photograph
-from data.phantoms.histo_scene import RATIO, draw_scene, draw_tissue
+from data.phantoms.histo_scene import RATIO, Scene, draw_scene, draw_tissue
 from data.phantoms.histo_settings import HistoPhantom
 
 GENERATOR_VERSION = 1  # raised whenever equal settings give other bits, so that stale folders are noticed
@@ -63,7 +63,9 @@ def simulate_accession(settings: HistoPhantom, number: int, label: int) -> Itera
     slides = int(rng.integers(2, 4)) if rng.random() < settings.several_slides_share else 1
     for suffix in SUFFIXES[1 : 1 + slides] if slides > 1 else SUFFIXES[:1]:
         name = f"SOB_{'BM'[label]}_{subtype}-14-{number}{suffix}"
-        slide = Path(("benign", "malignant")[label], "SOB", FOLDERS[subtype], name.replace(f"{subtype}-", f"{subtype}_", 1))
+        slide = Path(
+            ("benign", "malignant")[label], "SOB", FOLDERS[subtype], name.replace(f"{subtype}-", f"{subtype}_", 1)
+        )
         dyes = of_slide(staining, settings, rng)
         sequence = dict.fromkeys(FIELDS, 0)
         for site in range(int(rng.integers(settings.sites[0], settings.sites[1] + 1))):
@@ -72,7 +74,7 @@ def simulate_accession(settings: HistoPhantom, number: int, label: int) -> Itera
             high = width * settings.size[0] / settings.size[1]
             for magnification, share in FIELDS.items():
                 own = settings.field_micrometre * RATIO * share
-                corner = corner[0] + rng.random() * (high - own / width * high), corner[1] + rng.random() * (width - own)
+                corner = corner_inside(scene, corner, (high, width), own / width, rng)
                 high, width = own / width * high, own
                 sequence[magnification] += int(rng.integers(1, 3))  # numbers have gaps
                 pixels = photograph(settings, scene, dyes, corner, width, rng)
@@ -80,6 +82,19 @@ def simulate_accession(settings: HistoPhantom, number: int, label: int) -> Itera
                     continue
                 file = f"{name}-{magnification}-{sequence[magnification]:03d}.png"
                 yield Photograph(slide / f"{magnification}X" / file, pixels, corner, width, site)
+
+
+def corner_inside(
+    scene: Scene, corner: tuple[float, float], size: tuple[float, float], share: float, rng: np.random.Generator
+) -> tuple[float, float]:
+    """The corner of a field inside another, about a gland where one is there: nobody photographs stroma alone."""
+    begin, extent = np.array(corner), np.array(size)
+    inside = ((scene.centres > begin) & (scene.centres < begin + extent)).all(1).nonzero()[0]
+    centre = rng.uniform(begin, begin + extent)
+    if share < 1 and len(inside):
+        centre = scene.centres[rng.choice(inside)] + rng.normal(0, 0.25, 2) * share * extent
+    y, x = np.clip(centre - share * extent / 2, begin, begin + (1 - share) * extent)
+    return float(y), float(x)
 
 
 def write_phantom(settings: HistoPhantom, folder: Path, producers: int) -> Path:
@@ -99,7 +114,9 @@ def write_phantom(settings: HistoPhantom, folder: Path, producers: int) -> Path:
         unfinished = folder / "unfinished.json"
         for path in (recorded, unfinished):
             if path.exists() and path.read_text() != described:
-                raise config_error(f"phantom: {folder} holds images simulated with other settings; delete it or name another")
+                raise config_error(
+                    f"phantom: {folder} holds images simulated with other settings; delete it or name another"
+                )
         write_text(unfinished, described)
         work = [(settings, folder, number, label) for number, label in accessions(settings)]
         missing = [given for given in work if not record_path(folder, given[2]).exists()]

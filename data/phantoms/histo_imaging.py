@@ -12,6 +12,7 @@ from data.phantoms.histo_settings import HistoPhantom
 # optical density of R, G, B, unit vectors (Ruifrok & Johnston 2001)
 HAEMATOXYLIN, EOSIN = (0.650, 0.704, 0.286), (0.072, 0.990, 0.105)
 EDGE = 0.35  # pixels over which a nucleus fades
+USUAL_COVER = 0.1  # share of a place that nuclei cover
 BLUE_CYTOPLASM = 0.05  # of a nucleus' dye, in epithelium
 
 
@@ -21,7 +22,7 @@ class Staining:
 
     haematoxylin: Floats  # (3,) optical density per amount
     eosin: Floats  # (3,)
-    haematoxylin_strength: float  # mean optical density at 40X
+    haematoxylin_strength: float  # optical density of a nucleus at the usual cover
     eosin_strength: float  # of full cytoplasm
     white: Floats  # (3,)
 
@@ -34,9 +35,10 @@ def draw_staining(settings: HistoPhantom, rng: np.random.Generator) -> Staining:
         directions.append(bent / np.linalg.norm(bent))
     low, high = settings.haematoxylin_strength
     strength = float(np.exp(rng.uniform(np.log(low), np.log(high))))
+    white = rng.uniform(*settings.white) + settings.tint * rng.standard_normal(3)
     return Staining(
         directions[0], directions[1], strength, float(rng.uniform(*settings.eosin_strength)),
-        rng.uniform(*settings.white, 3),
+        np.clip(white, 0.5, 1),
     )  # fmt: skip
 
 
@@ -50,10 +52,11 @@ def of_slide(staining: Staining, settings: HistoPhantom, rng: np.random.Generato
     )
 
 
-def haematoxylin_amount(scene: Scene, staining: Staining) -> float:
-    """Optical density of a nucleus so that the whole place has the slide's mean, however many nuclei there are."""
+def haematoxylin_amount(settings: HistoPhantom, scene: Scene, staining: Staining) -> float:
+    """Optical density of a nucleus: the slide's, less where nuclei cover more of the whole place."""
     covered = np.pi * (scene.nuclear_axes.prod(1) * scene.nuclear_depth).sum() / (scene.extent[0] * scene.extent[1])
-    return float(np.clip(staining.haematoxylin_strength / max(covered, 1e-3), 0.4, 3.0))
+    share = (USUAL_COVER / max(covered, 1e-3)) ** settings.compensation
+    return float(np.clip(staining.haematoxylin_strength * share, 0.3, 3.0))
 
 
 def photograph(
@@ -67,12 +70,13 @@ def photograph(
     """RGB bytes (y, x, 3) of the part of a place that begins at a corner y, x and is `width` wide; in micrometres."""
     height, across = settings.size
     pixel = width / across
-    rows, columns = corner[0] + (np.arange(height) + 0.5) * pixel, corner[1] + (np.arange(across) + 0.5) * pixel
+    rows = np.asarray(corner[0] + (np.arange(height) + 0.5) * pixel, np.float64)
+    columns = np.asarray(corner[1] + (np.arange(across) + 0.5) * pixel, np.float64)
     epithelium, enclosed = epithelium_at(scene, rows, columns, pixel)
     fibres = waves_at(scene.waves, rows, columns, pixel)
     nuclei = nuclei_at(scene, corner, pixel, settings.size)
     grain = waves_at(chromatin(scene), rows, columns, pixel)
-    dye = haematoxylin_amount(scene, staining)
+    dye = haematoxylin_amount(settings, scene, staining)
     blue = dye * (nuclei * (1 + 0.8 * grain) + BLUE_CYTOPLASM * epithelium)
     stroma = np.clip(1 - epithelium - enclosed, 0, 1) * (1 - scene.pool)
     pink = staining.eosin_strength * (

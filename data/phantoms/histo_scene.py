@@ -47,6 +47,7 @@ class Tissue:
     pleomorphism: float  # deviation of log radius
     crowding: float  # of benign's mean number of nuclei per area
     disorder: float  # of outlines, in shares of the radius
+    cover: float  # share of a place that glands take
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,6 +81,7 @@ def draw_tissue(settings: HistoPhantom, label: int, subtype: str, rng: np.random
         normal(settings.pleomorphism, 0.03),
         normal(settings.crowding, 0.4),
         normal(settings.disorder, 0.02),
+        min(0.6, ARCHITECTURES[subtype].cover * float(rng.uniform(*settings.cover_factor))),
     )
 
 
@@ -88,7 +90,7 @@ def draw_scene(settings: HistoPhantom, tissue: Tissue, rng: np.random.Generator)
     width = settings.field_micrometre * RATIO
     extent = width * settings.size[0] / settings.size[1], width
     plan = ARCHITECTURES[tissue.subtype]
-    centres, radii = scattered(extent, plan, rng)
+    centres, radii = scattered(extent, plan, tissue.cover, rng)
     count = len(radii)
     amplitude = tissue.disorder * rng.normal(0, 1, (count, HARMONICS)) / np.arange(2, 2 + HARMONICS) ** 0.5
     outline = np.stack([amplitude * 0.6, rng.uniform(0, 2 * np.pi, (count, HARMONICS))], -1)
@@ -100,23 +102,25 @@ def draw_scene(settings: HistoPhantom, tissue: Tissue, rng: np.random.Generator)
     return with_nuclei(glands, tissue, plan, rng)
 
 
-def scattered(extent: tuple[float, float], plan: Architecture, rng: np.random.Generator) -> tuple[Floats, Floats]:
-    """Centres (g, 2) and radii (g,) of glands that hardly overlap and cover about plan.cover of the place."""
+def scattered(
+    extent: tuple[float, float], plan: Architecture, cover: float, rng: np.random.Generator
+) -> tuple[Floats, Floats]:
+    """Centres (g, 2) and radii (g,) of glands that hardly overlap and cover about a share of the place."""
     area, centres, radii = extent[0] * extent[1], np.zeros((0, 2)), np.zeros(0)
     for _ in range(4000):
         radius = rng.uniform(*plan.gland_radius)
         centre = rng.uniform(-radius / 2, np.array(extent) + radius / 2)
         if ((centres - centre) ** 2).sum(1).min(initial=np.inf) ** 0.5 > 0.9 * radius + 0.9 * radii.max(initial=0):
             centres, radii = np.vstack([centres, centre]), np.append(radii, radius)
-        if np.pi * (radii**2).sum() > plan.cover * area:
+        if np.pi * (radii**2).sum() > cover * area:
             break
     return centres, radii
 
 
 def draw_waves(rng: np.random.Generator) -> Floats:
-    """Fibres: waves of 9 to 90 micrometres, most of them across one direction."""
+    """Fibres: waves of 5 to 60 micrometres, most of them across one direction."""
     direction = rng.uniform(0, np.pi) + rng.normal(0, 0.35, WAVES)
-    length = np.exp(rng.uniform(np.log(9), np.log(90), WAVES))
+    length = np.exp(rng.uniform(np.log(5), np.log(60), WAVES))
     number = 2 * np.pi / length
     phase, amplitude = rng.uniform(0, 2 * np.pi, WAVES), rng.uniform(0.5, 1, WAVES)
     return np.stack([number * np.sin(direction), number * np.cos(direction), phase, amplitude / amplitude.sum()], 1)
@@ -126,7 +130,8 @@ def gland_radius_at(scene: Scene, gland: npt.NDArray[np.int64], angle: Floats) -
     """The outline's radius (n,) of glands (n,) at angles (n,) of their own, in shares of `radii`, before stretching."""
     harmonics = np.arange(2, 2 + HARMONICS)
     amplitude, phase = scene.outline[gland, :, 0], scene.outline[gland, :, 1]
-    return np.maximum(0.35, 1 + (amplitude * np.cos(angle[:, None] * harmonics + phase)).sum(1))
+    waves: Floats = (amplitude * np.cos(angle[:, None] * harmonics + phase)).sum(1)
+    return np.maximum(0.35, 1 + waves)
 
 
 def with_nuclei(scene: Scene, tissue: Tissue, plan: Architecture, rng: np.random.Generator) -> Scene:
@@ -182,7 +187,9 @@ def inside_gland(scene: Scene, points: Floats) -> npt.NDArray[np.bool_]:
     inside = np.zeros(len(points), np.bool_)
     tree = scipy.spatial.cKDTree(points) if len(points) else None
     for gland, (centre, radius, stretch) in enumerate(zip(scene.centres, scene.radii, scene.stretch, strict=True)):
-        near = np.array(tree.query_ball_point(centre, 1.8 * radius * stretch**0.5) if tree is not None else [], np.int64)
+        near = np.array(
+            tree.query_ball_point(centre, 1.8 * radius * stretch**0.5) if tree is not None else [], np.int64
+        )
         inside[near] |= from_place(scene, gland, points[near])[0] < 1
     return inside
 

@@ -21,16 +21,19 @@ class HistoPhantom:
     field_micrometre: float = 175.0  # width of a photograph at 400X; 700 pixels of 0.25
 
     # What tells malignant from benign. Means overlap so that no single cue, and so no single magnification, decides.
-    nuclear_radius_micrometre: tuple[Spread, Spread] = ((3.0, 0.32), (3.75, 0.45))  # benign, malignant
+    nuclear_radius_micrometre: tuple[Spread, Spread] = ((3.0, 0.3), (3.65, 0.42))  # benign, malignant
     pleomorphism: tuple[Spread, Spread] = ((0.13, 0.035), (0.23, 0.06))  # deviation of log radius within a patient
-    crowding: tuple[Spread, Spread] = ((1.0, 0.14), (1.35, 0.22))  # epithelial nuclei per area, of benign's mean
+    crowding: tuple[Spread, Spread] = ((1.0, 0.14), (1.25, 0.2))  # epithelial nuclei per area, of benign's mean
     disorder: tuple[Spread, Spread] = ((0.14, 0.07), (0.34, 0.13))  # of gland outlines, in shares of their radius
 
     # What tells patients apart and classes not
-    haematoxylin_strength: Range = (0.10, 0.22)  # mean optical density of a 40X photograph, whatever its nuclei
+    haematoxylin_strength: Range = (0.6, 1.7)  # optical density of a nucleus where nuclei cover what they usually do
+    compensation: float = 0.5  # stainers look at the whole: density falls with this power of what nuclei cover
+    cover_factor: Range = (0.6, 1.5)  # of the subtype's share of epithelium, per accession
     eosin_strength: Range = (0.35, 0.85)  # optical density of full cytoplasm
-    direction_deviation: float = 0.09  # of each stain's optical density per channel, from patient to patient
-    white: Range = (0.84, 0.99)  # brightness of empty glass, per patient and channel
+    direction_deviation: float = 0.10  # of each stain's optical density per channel, from patient to patient
+    white: Range = (0.86, 0.98)  # brightness of empty glass, per patient
+    tint: float = 0.025  # deviation of its channels
     slide_deviation: float = 0.05  # of strengths from slide to slide, in shares
     defocus_pixel: Range = (0.35, 0.8)  # Gaussian blur of a photograph
     noise: Range = (0.004, 0.012)  # deviation of a photograph's brightness, of white = 1
@@ -45,7 +48,7 @@ class HistoPhantom:
             yield f"size: expected 32 to 2048 pixels, got {list(self.size)}"
         if not 0 <= self.missing_share <= 0.9 or not 0 <= self.several_slides_share <= 1:
             yield "missing_share, several_slides_share: expected shares, of missing ones at most 0.9"
-        for name in ("haematoxylin_strength", "eosin_strength", "white", "defocus_pixel", "noise"):
+        for name in ("haematoxylin_strength", "eosin_strength", "cover_factor", "white", "defocus_pixel", "noise"):
             low, high = getattr(self, name)
             if not 0 < low <= high:
                 yield f"{name}: expected 0 < lowest <= highest, got {low:g}, {high:g}"

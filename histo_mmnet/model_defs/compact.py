@@ -4,6 +4,7 @@ Gated attention over a bag (Ilse et al. 2018, arXiv:1802.04712), any number of i
 the backbone's, as there are few patients.
 """
 
+import torch
 from torch import Tensor, nn
 
 from histo_mmnet.model_defs.slots import Extractors, MagnificationFiLM, check_slots, into_slots
@@ -14,12 +15,17 @@ class GatedAttentionPool(nn.Module):
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
-        self.value, self.gate, self.score = nn.Linear(channels, hidden), nn.Linear(channels, hidden), nn.Linear(hidden, 1)
+        self.value, self.gate, self.score = (
+            nn.Linear(channels, hidden),
+            nn.Linear(channels, hidden),
+            nn.Linear(hidden, 1),
+        )
 
     def forward(self, features: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         gated = self.value(features).tanh() * self.gate(features).sigmoid()
         weight = self.score(gated)[..., 0].float().masked_fill(~present, float("-inf")).softmax(1)
-        return (weight.to(features.dtype)[..., None] * features).sum(1), weight
+        shown = torch.where(present[..., None], features, 0.0)
+        return (weight.to(features.dtype)[..., None] * shown).sum(1), weight
 
 
 class CompactMMNet(nn.Module):
@@ -40,9 +46,17 @@ class CompactMMNet(nn.Module):
     def explained(self, images: Tensor, magnification: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         """The logits (B,), and the weight of each image (B, S), sum 1."""
         check_slots(images, magnification, present)
-        maps = self.extractors(images[present], magnification[present])
-        vectors = self.narrow(self.film(maps.flatten(2).mean(2), magnification[present]))
-        pooled, weight = self.pool(into_slots(vectors, present), present)
+        return self.fused(into_slots(self.vectors(images[present], magnification[present]), present), present)
+
+    def vectors(self, images: Tensor, magnification: Tensor) -> Tensor:
+        """Images (N, 3, y, x) of magnifications (N,) -> a vector each (N, width)."""
+        maps = self.extractors(images, magnification)
+        vectors: Tensor = self.narrow(self.film(maps.flatten(2).mean(2), magnification))
+        return vectors
+
+    def fused(self, vectors: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        """explained of vectors (B, S, width), of which what is not present does not matter."""
+        pooled, weight = self.pool(vectors, present)
         return self.head(pooled)[:, 0].float(), weight
 
     def freeze_backbone(self) -> None:

@@ -110,7 +110,10 @@ class HybridCrossMagFusion(nn.Module):
         self.importance = nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, 1))
         self.attention = nn.MultiheadAttention(width, HEADS, dropout, batch_first=True)
         self.side_by_side = nn.Sequential(
-            nn.Linear(NUM_MAGNIFICATIONS * width, width), nn.LayerNorm(width), nn.ReLU(inplace=True), nn.Dropout(dropout)
+            nn.Linear(NUM_MAGNIFICATIONS * width, width),
+            nn.LayerNorm(width),
+            nn.ReLU(inplace=True),
+            nn.Dropout(dropout),
         )
         self.share = nn.Parameter(torch.tensor(0.0))  # of attention, before the sigmoid: a half
 
@@ -141,7 +144,11 @@ class MMNet(nn.Module):
         self.hierarchy = HierarchicalAttention(width, 0.1)
         self.fusion = HybridCrossMagFusion(width, width, 0.1)
         self.head = nn.Sequential(
-            nn.Linear(width, width), nn.LayerNorm(width), nn.ReLU(inplace=True), nn.Dropout(dropout), nn.Linear(width, 1)
+            nn.Linear(width, width),
+            nn.LayerNorm(width),
+            nn.ReLU(inplace=True),
+            nn.Dropout(dropout),
+            nn.Linear(width, 1),
         )
 
     def forward(self, images: Tensor, magnification: Tensor, present: Tensor) -> Tensor:
@@ -152,7 +159,10 @@ class MMNet(nn.Module):
         """The logits (B,), the importance of each magnification (B, 4), and who attends to whom (B, 4, 4)."""
         check_slots(images, magnification, present)
         assert present.shape[1] == NUM_MAGNIFICATIONS, f"Expected 4 slots, got {present.shape[1]}"
-        vectors = into_slots(self.vectors(images[present], magnification[present]), present)
+        return self.fused(into_slots(self.vectors(images[present], magnification[present]), present), present)
+
+    def fused(self, vectors: Tensor, present: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """explained of vectors (B, 4, C), of which what is not present does not matter: any subset of what was computed."""
         features = torch.stack([layer(vectors[:, slot]) for slot, layer in enumerate(self.narrow)], 1)
         features = torch.where(present[..., None], features, 0.0)
         features, attention = self.hierarchy(features, present)
@@ -165,7 +175,7 @@ class MMNet(nn.Module):
         if len(self.pools) == 1:
             pooled: Tensor = self.pools[0](self.gates[0](maps))
             return pooled
-        found = maps.new_zeros(maps.shape[:2])
+        found: Tensor = maps.new_zeros(maps.shape[:2])
         for number, (gate, pool) in enumerate(zip(self.gates, self.pools, strict=True)):
             own = magnification == number
             if own.any():

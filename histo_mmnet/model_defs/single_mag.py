@@ -1,5 +1,6 @@
 """The baseline: images of one magnification, a backbone, a mean, a line."""
 
+import torch
 from torch import Tensor, nn
 
 from histo_mmnet.model_defs.slots import Extractors, check_slots, into_slots
@@ -15,7 +16,14 @@ class SingleMagNet(nn.Module):
 
     def forward(self, images: Tensor, magnification: Tensor, present: Tensor) -> Tensor:
         check_slots(images, magnification, present)
-        maps = self.extractors(images[present], magnification[present])
-        logits = self.head(maps.flatten(2).mean(2))  # (N, 1)
-        mean: Tensor = into_slots(logits, present)[..., 0].sum(1) / present.sum(1)
-        return mean.float()
+        return self.fused(into_slots(self.vectors(images[present], magnification[present]), present), present)[0]
+
+    def vectors(self, images: Tensor, magnification: Tensor) -> Tensor:
+        """Images (N, 3, y, x) of magnifications (N,) -> a vector each (N, C)."""
+        maps: Tensor = self.extractors(images, magnification)
+        return maps.flatten(2).mean(2)
+
+    def fused(self, vectors: Tensor, present: Tensor) -> tuple[Tensor]:
+        """Logits (B,) of vectors (B, S, C), of which what is not present does not matter."""
+        logits = torch.where(present, self.head(vectors)[..., 0], 0.0)
+        return ((logits.sum(1) / present.sum(1)).float(),)

@@ -20,7 +20,7 @@ class Extractors(nn.Module):
         super().__init__()
         count = 1 if is_shared else NUM_MAGNIFICATIONS
         self.backbones = nn.ModuleList(create_backbone(name, 2, 3) for _ in range(count))
-        self.channels = int(self.backbones[0].feature_channels[-1])  # type: ignore[arg-type, index]
+        self.channels = int(self.backbones[0].feature_channels[-1])  # type: ignore[index]
 
     def forward(self, images: Tensor, magnification: Tensor) -> Tensor:
         """Images (N, 3, y, x) of magnifications (N,), N > 0 -> their last maps (N, C, h, w)."""

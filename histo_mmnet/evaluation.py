@@ -1,0 +1,143 @@
+"""Figures of predictions: of composites, photographs and patients, with intervals over patients, and what is chosen for them.
+
+A patient is an accession. A patient's probability is the mean over all composites, and is decided by the threshold of the fold
+that tested the patient; the official patient score is the share of a patient's composites that are right.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from common.metrics.classification import best_f1_threshold, calibration, confusion, roc_auc
+from common.metrics.intervals import Interval, bootstrap_interval
+from histo_mmnet.config import Evaluation
+from histo_mmnet.names import MAGNIFICATIONS
+from histo_mmnet.predictions import NUM_SETS, Floats, Predictions, probability
+from histo_mmnet.shapley import shapley_values
+
+Ints = npt.NDArray[np.int64]
+CALIBRATION_BINS = 10
+Figures = dict[str, float | int | str]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Cases:
+    """Probabilities of units (composites or photographs), and the patient of each; patients are numbered from 0."""
+
+    probability: Floats  # (n,)
+    label: Ints  # (n,)
+    patient: Ints  # (n,)
+    threshold: Floats  # (n,) of the fold that tested it
+
+    @property
+    def positive(self) -> npt.NDArray[np.bool_]:
+        return self.probability >= self.threshold
+
+    def of_patients(self) -> "Cases":
+        """Each patient's mean probability, label and threshold."""
+        count = np.bincount(self.patient)
+        mean, label, threshold = (
+            np.bincount(self.patient, values) / count for values in (self.probability, self.label, self.threshold)
+        )
+        return Cases(mean, label.round().astype(np.int64), np.arange(len(count)), threshold)
+
+    def scores(self) -> Floats:
+        """The official patient score (patients,): the share of a patient's units that are right."""
+        return np.bincount(self.patient, self.positive == self.label) / np.bincount(self.patient)
+
+
+def cases_of(folds: Sequence[Predictions], thresholds: Sequence[float], chosen: int) -> Cases:
+    """All folds' composites with a set of magnifications by number (NUM_SETS - 1: all there are), where they have it."""
+    rows = [(p, threshold, k) for p, threshold in zip(folds, thresholds, strict=True) for k in range(len(p.composites))]
+    values = [p.logits[k] if chosen == NUM_SETS - 1 else p.of_sets[k, chosen] for p, _, k in rows]
+    kept = [row for row, value in zip(rows, values, strict=True) if np.isfinite(value)]
+    accessions = sorted({p.composites[k].slide.accession for p, _, k in kept})
+    number = {accession: at for at, accession in enumerate(accessions)}
+    return Cases(
+        probability(np.array([value for value in values if np.isfinite(value)])),
+        np.array([p.composites[k].slide.label for p, _, k in kept]),
+        np.array([number[p.composites[k].slide.accession] for p, _, k in kept]),
+        np.array([threshold for _, threshold, _ in kept]),
+    )
+
+
+def threshold_of(predictions: Predictions) -> float:
+    """The best F1 on the precision-recall curve of validation composites."""
+    labels = np.array([composite.slide.label for composite in predictions.composites])
+    return best_f1_threshold(labels, probability(predictions.logits))
+
+
+def figures_of(cases: Cases, name: str, settings: Evaluation) -> Figures:
+    """All figures of units, called name_..., with intervals over resampled patients for the main ones."""
+    counts = confusion(cases.label, cases.positive)
+    figures: Figures = {
+        f"{name}_accuracy": counts.accuracy,
+        f"{name}_balanced_accuracy": counts.balanced_accuracy,
+        f"{name}_f1": counts.f1,
+        f"{name}_auc": roc_auc(cases.label, cases.probability),
+        f"{name}_precision": counts.precision,
+        f"{name}_recall": counts.recall,
+        f"{name}_specificity": counts.specificity,
+        f"n_{name}s": len(cases.label),
+    }
+    for figure, statistic in (("balanced_accuracy", balanced_accuracy_of), ("auc", auc_of)):
+        interval = over_patients(cases, statistic, settings)
+        figures |= {f"{name}_{figure}_low": interval.low, f"{name}_{figure}_high": interval.high}
+    return figures
+
+
+def balanced_accuracy_of(cases: Cases) -> float:
+    return confusion(cases.label, cases.positive).balanced_accuracy
+
+
+def auc_of(cases: Cases) -> float:
+    return roc_auc(cases.label, cases.probability)
+
+
+def over_patients(cases: Cases, statistic: Callable[[Cases], float], settings: Evaluation) -> Interval:
+    """The interval of a statistic when whole patients are drawn with replacement."""
+    order = np.argsort(cases.patient, kind="stable")
+    rows = np.split(order, np.cumsum(np.bincount(cases.patient))[:-1])  # of each patient
+
+    def resampled(patients: Ints) -> float:
+        chosen = np.concatenate([rows[patient] for patient in patients])
+        return statistic(Cases(*(getattr(cases, f.name)[chosen] for f in dataclasses.fields(Cases))))
+
+    return bootstrap_interval(resampled, len(rows), settings.bootstrap_resamples, settings.confidence, settings.seed)
+
+
+def recognition_rate(cases: Cases, settings: Evaluation) -> Interval:
+    """The mean over patients of the official patient score."""
+    scores = cases.scores()
+
+    def mean(chosen: Ints) -> float:
+        return float(scores[chosen].mean())
+
+    return bootstrap_interval(mean, len(scores), settings.bootstrap_resamples, settings.confidence, settings.seed)
+
+
+def calibration_error(cases: Cases) -> float:
+    return calibration(cases.label, cases.probability, CALIBRATION_BINS)[3]
+
+
+def magnification_importance(folds: Sequence[Predictions], settings: Evaluation) -> list[Interval]:
+    """What each magnification adds to the patients' AUC: exact Shapley values of the 16 sets, no image being worth 0.5."""
+    patients = [cases_of(folds, [0.5] * len(folds), number).of_patients() for number in range(1, NUM_SETS)]
+    full = patients[-1]
+    assert all(len(own.label) == len(full.label) for own in patients), "Expected every patient in every set"
+    scores = np.stack([own.probability for own in patients], 1)  # (patients, 15)
+
+    def values(chosen: Ints) -> Floats:
+        labels = full.label[chosen]
+        return shapley_values(np.array([0.5, *(roc_auc(labels, scores[chosen, k]) for k in range(NUM_SETS - 1))]))
+
+    def of_magnification(m: int) -> Callable[[Ints], float]:
+        return lambda chosen: float(values(chosen)[m])
+
+    count = min(settings.bootstrap_resamples, 500)
+    return [
+        bootstrap_interval(of_magnification(m), len(full.label), count, settings.confidence, settings.seed)
+        for m in range(len(MAGNIFICATIONS))
+    ]

@@ -1,0 +1,76 @@
+"""Train the members of trials, one after another, inside a run's folder."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from common.errors import config_error
+from histo_mmnet.config import Config
+from histo_mmnet.dataset import Album, all_composites, slides_of
+from histo_mmnet.members import Member, build_network, count_trainable, mmnet_of
+from histo_mmnet.places import Collection, images_of
+from histo_mmnet.splits import Trial
+from histo_mmnet.trainer import Material, Record, best_of, train
+
+
+def chosen_trials(collection: Collection, fold: int | None) -> list[Trial]:
+    """All trials, or one."""
+    if fold is None:
+        return collection.trials
+    numbers = [trial.number for trial in collection.trials]
+    if fold not in numbers:
+        raise config_error(f"--fold: no fold {fold}; expected one of {', '.join(map(str, numbers))}")
+    return [collection.trials[numbers.index(fold)]]
+
+
+def material_of(collection: Collection, trial: Trial, member: Member, album: Album) -> Material:
+    """What a member of a trial is trained and validated on."""
+    roles = {role: images_of(collection, trial, role) for role in ("train", "val")}
+    facts = [f"{role} {i.name.file} {i.path.stat().st_size}" for role, images in roles.items() for i in images]
+    digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
+    val = all_composites(slides_of(roles["val"]), member.magnifications)
+    return Material(member, slides_of(roles["train"]), val, album, digest)
+
+
+def train_members(
+    members: list[Member], collection: Collection, config: Config, folder: Path, device: torch.device
+) -> dict[Member, list[Record]]:
+    """Train every member that is not complete; returns the records of each."""
+    album = Album.of(config)
+    trials = {trial.number: trial for trial in collection.trials}
+    found: dict[Member, list[Record]] = {}
+    for member in members:
+        material = material_of(collection, trials[member.fold], member, album)
+        found[member] = train(material, config, folder, device)
+        if dist.get_rank() == 0:
+            print(line_of(member, found[member], material), flush=True)
+    return found
+
+
+def line_of(member: Member, records: list[Record], material: Material) -> str:
+    """One line for a trained member."""
+    best = best_of(records)
+    return (
+        f"fold {member.fold} {member.name:6s} {len(material.train)} slides to train on, {len(material.val)} composites to "
+        f"validate; best epoch {best['epoch']:g} of {len(records)}: balanced accuracy {best['val_balanced_accuracy']:.3f}, "
+        f"AUC {best['val_auc']:.3f}, loss {best['val_loss']:.3f}"
+    )
+
+
+def announce(config: Config, collection: Collection, device: torch.device) -> None:
+    """What is trained on what and where, before it takes hours."""
+    for line in collection.told:
+        print(line)
+    network = build_network(mmnet_of(0), config.model)
+    images = collection.images
+    accessions, slides = len({i.name.accession for i in images}), len({i.name.slide for i in images})
+    print(
+        f"{config.model.architecture} on {config.model.backbone}, {count_trainable(network):,} weights; "
+        f"{accessions} accessions, {slides} slides, {len(images):,} images; "
+        f"{len(collection.trials)} folds by {config.split.protocol}; {dist.get_world_size()} x {device.type}",
+        flush=True,
+    )
+    if config.split.protocol != "accession":
+        print(f"warning: split.protocol={config.split.protocol} has patients on both sides; leaks.py tells how many")

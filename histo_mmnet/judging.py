@@ -1,0 +1,271 @@
+"""Every fold tested once with its own threshold; the baselines beside; what results/ holds of it."""
+
+import csv
+import dataclasses
+import io
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from common.errors import config_error
+from common.files import write_text
+from common.logbook import progress, read_metrics
+from common.metrics.classification import confusion, roc_auc, roc_curve
+from histo_mmnet.colours import colour_numbers, nearest, read_picture
+from histo_mmnet.config import Config
+from histo_mmnet.dataset import Album, Composite, all_composites, slides_of
+from histo_mmnet.evaluation import (
+    Cases,
+    Figures,
+    balanced_accuracy_of,
+    calibration_error,
+    cases_of,
+    figures_of,
+    over_patients,
+    recognition_rate,
+    threshold_of,
+)
+from histo_mmnet.members import Member, baselines_of, mmnet_of
+from histo_mmnet.names import MAGNIFICATIONS
+from histo_mmnet.places import Collection, images_of
+from histo_mmnet.predictions import NUM_SETS, Predictions, load_member, predict, probability
+from histo_mmnet.splits import Trial
+from histo_mmnet.trainer import Files
+
+ALL = NUM_SETS - 1
+SUMMARY = ("accuracy", "balanced_accuracy", "f1", "auc", "precision", "recall")
+CURVES = {"train_losses": "train_loss", "val_losses": "val_loss", "val_balanced_accuracies": "val_balanced_accuracy",
+          "val_aucs": "val_auc", "learning_rates": "learning_rate"}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FoldVerdict:
+    """One member on one fold's test images."""
+
+    member: Member
+    predictions: Predictions
+    threshold: float
+    seconds_per_patient: float
+
+
+def judge_member(collection: Collection, trial: Trial, member: Member, config: Config, album: Album, folder: Path,
+                 device: torch.device) -> FoldVerdict:  # fmt: skip
+    """Choose the threshold on the validation composites, then predict the test composites."""
+    path = Files.of(folder, member).best
+    if not path.exists():
+        script = "train.py" if not member.prefix else "train_single_mag.py"
+        raise config_error(
+            f"--run: no weights at {path}; {script} with the same words and --fold {member.fold} trains them"
+        )
+    network, trained = load_member(path, member, device)
+    used = dataclasses.replace(trained, evaluation=config.evaluation)
+    threshold = threshold_of(predict(network, composites_of(collection, trial, member, "val"), album, used))
+    composites = composites_of(collection, trial, member, "test")
+    began = time.perf_counter()
+    predictions = predict(network, composites, album, used)
+    patients = len({composite.slide.accession for composite in composites})
+    return FoldVerdict(member, predictions, threshold, (time.perf_counter() - began) / patients)
+
+
+def composites_of(collection: Collection, trial: Trial, member: Member, role: str) -> list[Composite]:
+    return all_composites(slides_of(images_of(collection, trial, role)), member.magnifications)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Verdict:
+    """All folds of MMNet, the same of each magnification's baseline, and the figures."""
+
+    folds: list[FoldVerdict]
+    baselines: dict[str, list[FoldVerdict]]
+    cases: Cases  # MMNet's composites
+    figures: Figures
+
+
+def judge(collection: Collection, trials: list[Trial], config: Config, folder: Path, device: torch.device) -> Verdict:
+    """Everything that is reported; test images are looked at once."""
+    album = Album.of(config)
+
+    def judged(members: list[Member]) -> list[FoldVerdict]:
+        of = {trial.number: trial for trial in trials}
+        return [judge_member(collection, of[m.fold], m, config, album, folder, device)
+                for m in progress(members, f"judging {members[0].name}", len(members), True)]  # fmt: skip
+
+    folds = judged([mmnet_of(trial.number) for trial in trials])
+    baselines = {}
+    if all(Files.of(folder, member).best.exists() for trial in trials for member in baselines_of(trial.number)):
+        columns = zip(*(baselines_of(trial.number) for trial in trials), strict=True)
+        baselines = {members[0].name: judged(list(members)) for members in columns}
+    cases = cases_of([f.predictions for f in folds], [f.threshold for f in folds], ALL)
+    return Verdict(folds, baselines, cases, all_figures(folds, baselines, cases, collection, trials, config))
+
+
+def all_figures(
+    folds: list[FoldVerdict],
+    baselines: dict[str, list[FoldVerdict]],
+    cases: Cases,
+    collection: Collection,
+    trials: list[Trial],
+    config: Config,
+) -> Figures:
+    """The flat table of metrics.json."""
+    settings = config.evaluation
+    rate = recognition_rate(cases, settings)
+    figures = figures_of(cases.of_patients(), "patient", settings) | {
+        "patient_recognition_rate": rate.estimate,
+        "patient_recognition_rate_low": rate.low,
+        "patient_recognition_rate_high": rate.high,
+    }
+    figures |= figures_of(cases, "composite", settings) | {"composite_calibration_error": calibration_error(cases)}
+    figures |= figures_of(photographs_of(folds), "image", settings)
+    single = {}
+    for name, own in baselines.items():
+        patients = cases_of([f.predictions for f in own], [f.threshold for f in own], ALL).of_patients()
+        interval = over_patients(patients, balanced_accuracy_of, settings)
+        single[name] = interval.estimate
+        figures |= {
+            f"single_{name}_balanced_accuracy": interval.estimate,
+            f"single_{name}_balanced_accuracy_low": interval.low,
+            f"single_{name}_balanced_accuracy_high": interval.high,
+            f"single_{name}_auc": roc_auc(patients.label, patients.probability),
+        }
+    if single:
+        best = max(single, key=lambda name: single[name])
+        figures |= {"best_single_magnification": best, "best_single_magnification_balanced_accuracy": single[best]}
+    return (
+        figures
+        | colour_figures(collection, trials, config)
+        | {
+            "chance_balanced_accuracy": 0.5,
+            "n_patients": len(np.unique(cases.patient)),
+            "folds": len(folds),
+            "seconds_per_patient": float(np.mean([fold.seconds_per_patient for fold in folds])),
+        }
+    )
+
+
+def photographs_of(folds: list[FoldVerdict]) -> Cases:
+    """Every photograph by itself, as a composite of one."""
+    parts = []
+    for m in range(len(MAGNIFICATIONS)):
+        for fold in folds:
+            seen: dict[Path, int] = {}
+            for k, composite in enumerate(fold.predictions.composites):
+                path = composite.paths[m]
+                if path is not None and path not in seen:
+                    seen[path] = k
+            parts += [(fold, k, m) for k in seen.values()]
+    accessions = sorted({f.predictions.composites[k].slide.accession for f, k, _ in parts})
+    number = {accession: at for at, accession in enumerate(accessions)}
+    return Cases(
+        probability(np.array([f.predictions.of_sets[k, 1 << m] for f, k, m in parts])),
+        np.array([f.predictions.composites[k].slide.label for f, k, _ in parts]),
+        np.array([number[f.predictions.composites[k].slide.accession] for f, k, _ in parts]),
+        np.array([f.threshold for f, _, _ in parts]),
+    )
+
+
+def colour_figures(collection: Collection, trials: list[Trial], config: Config) -> Figures:
+    """The nearest neighbour by 18 colour numbers among a fold's other images; of photographs, and of patients by vote."""
+    images = collection.images
+    rows = [colour_numbers(read_picture(i.path)) for i in progress(images, "reading colours", len(images), True)]
+    table = np.array(rows)
+    table = (table - table.mean(0)) / np.maximum(table.std(0), 1e-9)
+    place = {image.name: at for at, image in enumerate(images)}
+    label = np.array([image.name.label for image in images])
+    found, tested = [], []
+    for trial in trials:
+        test = [place[name] for name in trial.of("test")]
+        seen = [place[name] for name in (*trial.of("train"), *trial.of("val"))]
+        allowed = np.ones((len(test), len(seen)), np.bool_)
+        found += label[np.array(seen)[nearest(table[test], table[seen], allowed)]].tolist()
+        tested += test
+    patients = np.unique([images[at].name.accession for at in tested], return_inverse=True)[1]
+    cases = Cases(np.array(found, float), label[tested], patients, np.full(len(tested), 0.5))
+    interval = over_patients(cases.of_patients(), balanced_accuracy_of, config.evaluation)
+    return {
+        "colour_baseline_balanced_accuracy": interval.estimate,
+        "colour_baseline_balanced_accuracy_low": interval.low,
+        "colour_baseline_balanced_accuracy_high": interval.high,
+        "colour_baseline_image_balanced_accuracy": balanced_accuracy_of(cases),
+    }
+
+
+def fold_results(fold: FoldVerdict, trial: Trial, folder: Path) -> dict[str, Any]:
+    """What fold_k_results.json holds: the fold's composites at its threshold, its curve, who was in it, how it was trained."""
+    cases = cases_of([fold.predictions], [fold.threshold], ALL)
+    counts = confusion(cases.label, cases.positive)
+    rates = roc_curve(cases.label, cases.probability)
+    records = read_metrics(Files.of(folder, fold.member).metrics, ("val_loss",))
+    patients = {role: sorted({name.accession for name in trial.of(role)}) for role in ("train", "val", "test")}
+    importance = np.nanmean(fold.predictions.importance, 0) if np.isfinite(fold.predictions.importance).any() else None
+    return {
+        "fold": fold.member.fold,
+        **{f"test_{name}": getattr(counts, name) for name in SUMMARY if name != "auc"},
+        "test_auc": roc_auc(cases.label, cases.probability),
+        "test_patient_balanced_accuracy": balanced_accuracy_of(cases.of_patients()),
+        "optimal_threshold": fold.threshold,
+        "confusion_matrix": [[counts.true_negative, counts.false_positive], [counts.false_negative, counts.true_positive]],
+        "inference_time": fold.seconds_per_patient,
+        "roc_data": {name: [float(v) for v in rate if np.isfinite(v)]
+                     for name, rate in zip(("fpr", "tpr", "thresholds"), rates, strict=True)},
+        "magnification_importance": None if importance is None else
+                                    {str(m): float(v) for m, v in zip(MAGNIFICATIONS, importance, strict=True)},
+        "training_history": {key: [r[name] for r in records if name in r] for key, name in CURVES.items()},
+        **{f"{role}_patients": own for role, own in patients.items()},
+        "train_samples": len(trial.of("train")),
+        "test_samples": len(fold.predictions.composites),
+    }  # fmt: skip
+
+
+def write_results(verdict: Verdict, trials: list[Trial], folder: Path) -> list[dict[str, Any]]:
+    """Every file of results/; returns what fold_k_results.json hold."""
+    results = folder / "results"
+    of = {trial.number: trial for trial in trials}
+    found = [fold_results(fold, of[fold.member.fold], folder) for fold in verdict.folds]
+    for one in found:
+        write_text(results / f"fold_{one['fold']}_results.json", json.dumps(one, indent=1) + "\n")
+    rows = [
+        {"fold": one["fold"]} | {name: one[f"test_{name}"] for name in SUMMARY}
+        | {"threshold": one["optimal_threshold"], "inference_time": one["inference_time"],
+           "train_patients": len(one["train_patients"]), "test_patients": len(one["test_patients"])}
+        for one in found
+    ]  # fmt: skip
+    write_text(results / "results_summary.csv", as_csv(rows))
+    over_folds = {
+        name: {
+            "mean": float(np.nanmean([row[name] for row in rows])),
+            "std": float(np.nanstd([row[name] for row in rows])),
+        }
+        for name in SUMMARY
+    }
+    write_text(results / "cross_validation_results.json", json.dumps(over_folds, indent=1) + "\n")
+    write_text(results / "metrics.json", json.dumps(clean(verdict.figures), indent=2) + "\n")
+    write_text(results / "predictions.csv", as_csv(prediction_rows(verdict.folds)))
+    return found
+
+
+def clean(figures: Figures) -> dict[str, Any]:
+    """Figures that are not defined (NaN) as null."""
+    return {name: None if isinstance(v, float) and not np.isfinite(v) else v for name, v in figures.items()}
+
+
+def prediction_rows(folds: list[FoldVerdict]) -> list[dict[str, Any]]:
+    """One row per test composite."""
+    return [
+        {"fold": fold.member.fold, "accession": c.slide.accession, "slide": c.slide.name, "label": c.slide.label,
+         "probability": float(probability(fold.predictions.logits[k : k + 1])[0]), "threshold": fold.threshold,
+         **{f"{m}X": path.name if path is not None else "" for m, path in zip(MAGNIFICATIONS, c.paths, strict=True)}}
+        for fold in folds for k, c in enumerate(fold.predictions.composites)
+    ]  # fmt: skip
+
+
+def as_csv(rows: list[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

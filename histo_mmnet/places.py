@@ -1,0 +1,97 @@
+"""Where a config's images and runs lie, and which images each trial trains, validates and tests on."""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+from common.config import as_yaml, fingerprint
+from common.errors import config_error
+from data.phantoms.histo import write_phantom
+from histo_mmnet.config import Config, Split
+from histo_mmnet.scan import Image, counts_of, differences, find_breast, published_counts, scan, without_doubled
+from histo_mmnet.splits import Trial, fold_trials, read_official
+
+SHAPING = ("data", "phantom", "split", "model", "augment", "loss", "train")
+PRODUCERS = 2  # processes that simulate patients
+
+
+@dataclasses.dataclass(frozen=True)
+class Collection:
+    """The images that are used, and the trials they are divided into."""
+
+    images: list[Image]
+    trials: list[Trial]
+    told: list[str]  # what a user should know of them
+
+
+def find_images(config: Config) -> tuple[list[Image], list[str]]:
+    """All images of a config, sorted, and lines about them; the phantom is simulated on first use."""
+    data = config.data
+    if data.source == "phantom":
+        assert data.root is not None, "The phantom's config says where it is simulated"
+        folder = data.root.with_name(f"{data.root.name}-{fingerprint(config.phantom)}")
+        return scan(write_phantom(config.phantom, folder, PRODUCERS)), []
+    breast = find_breast(data.root)
+    images = scan(breast)
+    told = [f"images: {breast}", *differences(counts_of(images), published_counts())]
+    images, dropped = without_doubled(images, data.doubled)
+    return images, told + dropped
+
+
+def collect(config: Config) -> Collection:
+    """The images and the trials of a config. Raises a config error where they cannot be divided as it says."""
+    images, told = find_images(config)
+    trials = trials_of(images, config.split)
+    for trial in trials:
+        check_classes(trial)
+    return Collection(images, trials, told)
+
+
+def trials_of(images: list[Image], split: Split) -> list[Trial]:
+    """The trials of images under a protocol."""
+    names = [image.name for image in images]
+    if split.protocol != "official":
+        return fold_trials(names, split.protocol, split.num_folds, split.seed)
+    assert split.official is not None, "Checked by Split.problems"
+    there = set(names)
+    return [with_validation(trial.restricted(there), split.seed) for trial in read_official(split.official)]
+
+
+def with_validation(trial: Trial, seed: int) -> Trial:
+    """An official trial, which has none, with a fifth of its training accessions to validate on."""
+    training = trial.of("train")
+    if not training:
+        raise config_error(f"split.official: trial {trial.number} has no training image in data.root")
+    held = set(fold_trials(training, "accession", 5, seed)[0].of("test"))
+    roles = tuple("val" if name in held else role for name, role in zip(trial.names, trial.roles, strict=True))
+    return dataclasses.replace(trial, roles=roles)
+
+
+def check_classes(trial: Trial) -> None:
+    """Every role needs both classes."""
+    for role in ("train", "val", "test"):
+        labels = {name.label for name in trial.of(role)}
+        if len(labels) < 2:
+            missing = "an image" if not labels else ("malignant" if 0 in labels else "benign")
+            raise config_error(
+                f"split: trial {trial.number} has no {missing} to {role} on; expected both classes: fewer folds, or more data"
+            )
+
+
+def images_of(collection: Collection, trial: Trial, role: str) -> list[Image]:
+    """The images of a role of a trial, sorted."""
+    wanted = {name for name, own in zip(trial.names, trial.roles, strict=True) if own == role}
+    return [image for image in collection.images if image.name in wanted]
+
+
+def training_identity(config: Config) -> str:
+    """YAML of the sections that shape the weights: what a run's folder and its checkpoints must agree on."""
+    same = dataclasses.replace(config, train=dataclasses.replace(config.train, workers=0),
+                               data=dataclasses.replace(config.data, use_cache=False))  # fmt: skip
+    return "".join(f"{name}:\n{as_yaml(getattr(same, name))}" for name in SHAPING)
+
+
+def run_folder(config: Config) -> Path:
+    """runs/histo_mmnet/PRESET-<hash of what shapes the weights>, or run.name."""
+    digest = hashlib.sha256(training_identity(config).encode()).hexdigest()[:8]
+    return config.run.root / (config.run.name if config.run.name is not None else f"{config.run.preset}-{digest}")
