@@ -132,6 +132,10 @@ class Train:
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     flips: bool = False  # average over flips of the images
+    threshold: Literal["pooled", "fold"] = (
+        "pooled"  # of validation patients of all folds (not tested ones), or of its own
+    )
+    gradcam_layer: str = ""  # of the backbone, as its weights are named (layer3); "" = its last map
     confidence: float = 0.95
     bootstrap_resamples: int = 2000  # of patients
     seed: int = 0
@@ -168,10 +172,14 @@ class Config:
 BREAKHIS = Config()
 PHANTOM = Config(
     run=Run(preset="phantom"),
-    data=Data(source="phantom", root=Path("data/generated/histo"), image_size=(152, 232)),
-    model=Model(backbone="shufflenet_v2_x0_5", shared=True, width=64, dropout=0.3),
-    augment=Augment(rotation_degrees=0.0),
-    loss=Loss(focal_gamma=0.0, label_smoothing=0.0, mixup_alpha=0.0),
-    train=Train(epochs=12, batch_size=8, micro_batch_cuda=8, micro_batch_mps=8, micro_batch_cpu=8, learning_rate=1e-3),
-)
+    data=Data(source="phantom", root=Path("data/generated/histo"), image_size=(76, 116), normalisation="macenko"),
+    model=Model(backbone="resnet18", shared=True, width=64, dropout=0.3),  # of plain convolutions: fast in bfloat16
+    augment=Augment(rotation_degrees=0.0, brightness=0.1, contrast=0.1, blur=0.0, stain=0.1),
+    loss=Loss(focal_gamma=0.0, label_smoothing=0.0, mixup_alpha=0.0, view_weight=1.0),
+    train=Train(
+        epochs=4, epoch_multiplier=2.0, batch_size=8, micro_batch_cuda=8, micro_batch_mps=8, micro_batch_cpu=8,
+        learning_rate=5e-4, ema_decay=0.98, precision="bfloat16",
+    ),
+    evaluation=Evaluation(flips=True),
+)  # fmt: skip
 PRESETS = {"phantom": PHANTOM, "breakhis": BREAKHIS}

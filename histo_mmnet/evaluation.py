@@ -63,10 +63,11 @@ def cases_of(folds: Sequence[Predictions], thresholds: Sequence[float], chosen: 
     )
 
 
-def threshold_of(predictions: Predictions) -> float:
-    """The best F1 on the precision-recall curve of validation composites."""
-    labels = np.array([composite.slide.label for composite in predictions.composites])
-    return best_f1_threshold(labels, probability(predictions.logits))
+def threshold_of(validation: Sequence[Predictions], left_out: set[str]) -> float:
+    """The best F1 on the precision-recall curve of validation composites, some accessions left out; 0.5 where none is left."""
+    rows = [(p, k) for p in validation for k, c in enumerate(p.composites) if c.slide.accession not in left_out]
+    labels = np.array([p.composites[k].slide.label for p, k in rows], np.int64)
+    return best_f1_threshold(labels, probability(np.array([p.logits[k] for p, k in rows])))
 
 
 def figures_of(cases: Cases, name: str, settings: Evaluation) -> Figures:

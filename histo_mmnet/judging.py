@@ -1,20 +1,15 @@
 """Every fold tested once with its own threshold; the baselines beside; what results/ holds of it."""
 
-import csv
 import dataclasses
-import io
-import json
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from common.errors import config_error
-from common.files import write_text
-from common.logbook import progress, read_metrics
-from common.metrics.classification import confusion, roc_auc, roc_curve
+from common.logbook import progress
+from common.metrics.classification import roc_auc
 from histo_mmnet.colours import colour_numbers, nearest, read_picture
 from histo_mmnet.config import Config
 from histo_mmnet.dataset import Album, Composite, all_composites, slides_of
@@ -44,17 +39,25 @@ CURVES = {"train_losses": "train_loss", "val_losses": "val_loss", "val_balanced_
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FoldVerdict:
-    """One member on one fold's test images."""
+    """One member on one fold's test images; the threshold was chosen on validation images."""
 
     member: Member
+    validation: Predictions
     predictions: Predictions
     threshold: float
     seconds_per_patient: float
 
 
-def judge_member(collection: Collection, trial: Trial, member: Member, config: Config, album: Album, folder: Path,
-                 device: torch.device) -> FoldVerdict:  # fmt: skip
-    """Choose the threshold on the validation composites, then predict the test composites."""
+def judge_member(
+    collection: Collection,
+    trial: Trial,
+    member: Member,
+    config: Config,
+    album: Album,
+    folder: Path,
+    device: torch.device,
+) -> FoldVerdict:
+    """Predict the validation and the test composites; the threshold is that of this fold alone."""
     path = Files.of(folder, member).best
     if not path.exists():
         script = "train.py" if not member.prefix else "train_single_mag.py"
@@ -63,12 +66,22 @@ def judge_member(collection: Collection, trial: Trial, member: Member, config: C
         )
     network, trained = load_member(path, member, device)
     used = dataclasses.replace(trained, evaluation=config.evaluation)
-    threshold = threshold_of(predict(network, composites_of(collection, trial, member, "val"), album, used))
+    validation = predict(network, composites_of(collection, trial, member, "val"), album, used)
     composites = composites_of(collection, trial, member, "test")
     began = time.perf_counter()
     predictions = predict(network, composites, album, used)
     patients = len({composite.slide.accession for composite in composites})
-    return FoldVerdict(member, predictions, threshold, (time.perf_counter() - began) / patients)
+    seconds = (time.perf_counter() - began) / patients
+    return FoldVerdict(member, validation, predictions, threshold_of([validation], set()), seconds)
+
+
+def with_pooled_thresholds(folds: list[FoldVerdict]) -> list[FoldVerdict]:
+    """Each fold's threshold from the validation composites of all folds, without the patients that it tests."""
+    pool = [fold.validation for fold in folds]
+    tested = [{c.slide.accession for c in fold.predictions.composites} for fold in folds]
+    return [
+        dataclasses.replace(fold, threshold=threshold_of(pool, own)) for fold, own in zip(folds, tested, strict=True)
+    ]
 
 
 def composites_of(collection: Collection, trial: Trial, member: Member, role: str) -> list[Composite]:
@@ -91,8 +104,9 @@ def judge(collection: Collection, trials: list[Trial], config: Config, folder: P
 
     def judged(members: list[Member]) -> list[FoldVerdict]:
         of = {trial.number: trial for trial in trials}
-        return [judge_member(collection, of[m.fold], m, config, album, folder, device)
-                for m in progress(members, f"judging {members[0].name}", len(members), True)]  # fmt: skip
+        bar = progress(members, f"judging {members[0].name}", len(members), True)
+        found = [judge_member(collection, of[m.fold], m, config, album, folder, device) for m in bar]
+        return with_pooled_thresholds(found) if config.evaluation.threshold == "pooled" else found
 
     folds = judged([mmnet_of(trial.number) for trial in trials])
     baselines = {}
@@ -192,80 +206,3 @@ def colour_figures(collection: Collection, trials: list[Trial], config: Config) 
         "colour_baseline_balanced_accuracy_high": interval.high,
         "colour_baseline_image_balanced_accuracy": balanced_accuracy_of(cases),
     }
-
-
-def fold_results(fold: FoldVerdict, trial: Trial, folder: Path) -> dict[str, Any]:
-    """What fold_k_results.json holds: the fold's composites at its threshold, its curve, who was in it, how it was trained."""
-    cases = cases_of([fold.predictions], [fold.threshold], ALL)
-    counts = confusion(cases.label, cases.positive)
-    rates = roc_curve(cases.label, cases.probability)
-    records = read_metrics(Files.of(folder, fold.member).metrics, ("val_loss",))
-    patients = {role: sorted({name.accession for name in trial.of(role)}) for role in ("train", "val", "test")}
-    importance = np.nanmean(fold.predictions.importance, 0) if np.isfinite(fold.predictions.importance).any() else None
-    return {
-        "fold": fold.member.fold,
-        **{f"test_{name}": getattr(counts, name) for name in SUMMARY if name != "auc"},
-        "test_auc": roc_auc(cases.label, cases.probability),
-        "test_patient_balanced_accuracy": balanced_accuracy_of(cases.of_patients()),
-        "optimal_threshold": fold.threshold,
-        "confusion_matrix": [[counts.true_negative, counts.false_positive], [counts.false_negative, counts.true_positive]],
-        "inference_time": fold.seconds_per_patient,
-        "roc_data": {name: [float(v) for v in rate if np.isfinite(v)]
-                     for name, rate in zip(("fpr", "tpr", "thresholds"), rates, strict=True)},
-        "magnification_importance": None if importance is None else
-                                    {str(m): float(v) for m, v in zip(MAGNIFICATIONS, importance, strict=True)},
-        "training_history": {key: [r[name] for r in records if name in r] for key, name in CURVES.items()},
-        **{f"{role}_patients": own for role, own in patients.items()},
-        "train_samples": len(trial.of("train")),
-        "test_samples": len(fold.predictions.composites),
-    }  # fmt: skip
-
-
-def write_results(verdict: Verdict, trials: list[Trial], folder: Path) -> list[dict[str, Any]]:
-    """Every file of results/; returns what fold_k_results.json hold."""
-    results = folder / "results"
-    of = {trial.number: trial for trial in trials}
-    found = [fold_results(fold, of[fold.member.fold], folder) for fold in verdict.folds]
-    for one in found:
-        write_text(results / f"fold_{one['fold']}_results.json", json.dumps(one, indent=1) + "\n")
-    rows = [
-        {"fold": one["fold"]} | {name: one[f"test_{name}"] for name in SUMMARY}
-        | {"threshold": one["optimal_threshold"], "inference_time": one["inference_time"],
-           "train_patients": len(one["train_patients"]), "test_patients": len(one["test_patients"])}
-        for one in found
-    ]  # fmt: skip
-    write_text(results / "results_summary.csv", as_csv(rows))
-    over_folds = {
-        name: {
-            "mean": float(np.nanmean([row[name] for row in rows])),
-            "std": float(np.nanstd([row[name] for row in rows])),
-        }
-        for name in SUMMARY
-    }
-    write_text(results / "cross_validation_results.json", json.dumps(over_folds, indent=1) + "\n")
-    write_text(results / "metrics.json", json.dumps(clean(verdict.figures), indent=2) + "\n")
-    write_text(results / "predictions.csv", as_csv(prediction_rows(verdict.folds)))
-    return found
-
-
-def clean(figures: Figures) -> dict[str, Any]:
-    """Figures that are not defined (NaN) as null."""
-    return {name: None if isinstance(v, float) and not np.isfinite(v) else v for name, v in figures.items()}
-
-
-def prediction_rows(folds: list[FoldVerdict]) -> list[dict[str, Any]]:
-    """One row per test composite."""
-    return [
-        {"fold": fold.member.fold, "accession": c.slide.accession, "slide": c.slide.name, "label": c.slide.label,
-         "probability": float(probability(fold.predictions.logits[k : k + 1])[0]), "threshold": fold.threshold,
-         **{f"{m}X": path.name if path is not None else "" for m, path in zip(MAGNIFICATIONS, c.paths, strict=True)}}
-        for fold in folds for k, c in enumerate(fold.predictions.composites)
-    ]  # fmt: skip
-
-
-def as_csv(rows: list[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

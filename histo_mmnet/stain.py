@@ -190,7 +190,7 @@ def reinhard(images: Tensor) -> Tensor:
     with torch.no_grad():
         white = white_of(torch.nan_to_num(sampled_pixels(images.float())).clamp(0, 1))[:, :, None, None]
         density = optical_density(images.float(), white).mean(1, keepdim=True)
-        share = (density / TISSUE).clamp(0, 1).to(images.dtype)  # of tissue, (B, 1, y, x)
+        share = (2 * density / TISSUE - 1).clamp(0, 1).to(images.dtype)  # of tissue, (B, 1, y, x)
         count = share.sum((2, 3), keepdim=True)
         weight = share / count.clamp(min=1)
         mean = (weight * axes).sum((2, 3), keepdim=True)

@@ -240,6 +240,11 @@ def train(material: Material, config: Config, folder: Path, device: torch.device
     last = config.train.epochs * per_epoch
     if state.step == last or ends_early(state.records, config):
         return state.records
+    if first and state.step:
+        print(
+            f"continuing {material.member.name} of fold {material.member.fold} at step {state.step} of {last}",
+            flush=True,
+        )
     plan = micro_batches(
         state.step,
         last,

@@ -10,11 +10,12 @@ import pytest
 from common.config import configure
 from common.errors import UserError
 from em_segmentation.config import BASE
+from histo_mmnet.config import BREAKHIS
 from motor_detection.config import KAGGLE
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = [ROOT / "README.md", ROOT / "data" / "README.md", *sorted(ROOT.glob("*_*/README.md"))]
-CONSTANTS = {"motor_detection": KAGGLE, "em_segmentation": BASE, "data": KAGGLE}
+CONSTANTS = {"motor_detection": KAGGLE, "em_segmentation": BASE, "histo_mmnet": BREAKHIS, "data": KAGGLE}
 HELP: dict[str, str] = {}
 
 

@@ -12,19 +12,19 @@ class HistoPhantom:
     """Haematoxylin and eosin of benign and malignant breast tissue, photographed at four magnifications."""
 
     seed: int = 0
-    benign_accessions: int = 20
-    malignant_accessions: int = 28  # BreakHis: 16 and 54
-    several_slides_share: float = 0.2  # of accessions with two or three slides; BreakHis: 10 of 70
-    sites: tuple[int, int] = (3, 6)  # places of a slide that are photographed, fewest and most
+    benign_accessions: int = 28
+    malignant_accessions: int = 36  # BreakHis: 16 and 54
+    several_slides_share: float = 0.15  # of accessions with two or three slides; BreakHis: 10 of 70
+    sites: tuple[int, int] = (2, 3)  # places of a slide that are photographed, fewest and most
     missing_share: float = 0.15  # of a site's four photographs that were not taken
     size: tuple[int, int] = (152, 232)  # pixels y, x; a third of BreakHis'
     field_micrometre: float = 175.0  # width of a photograph at 400X; 700 pixels of 0.25
 
     # What tells malignant from benign. Means overlap so that no single cue, and so no single magnification, decides.
-    nuclear_radius_micrometre: tuple[Spread, Spread] = ((3.0, 0.3), (3.65, 0.42))  # benign, malignant
-    pleomorphism: tuple[Spread, Spread] = ((0.13, 0.035), (0.23, 0.06))  # deviation of log radius within a patient
-    crowding: tuple[Spread, Spread] = ((1.0, 0.14), (1.25, 0.2))  # epithelial nuclei per area, of benign's mean
-    disorder: tuple[Spread, Spread] = ((0.14, 0.07), (0.34, 0.13))  # of gland outlines, in shares of their radius
+    nuclear_radius_micrometre: tuple[Spread, Spread] = ((3.0, 0.26), (3.65, 0.36))  # benign, malignant
+    pleomorphism: tuple[Spread, Spread] = ((0.13, 0.03), (0.23, 0.05))  # deviation of log radius within a patient
+    crowding: tuple[Spread, Spread] = ((1.0, 0.12), (1.25, 0.17))  # epithelial nuclei per area, of benign's mean
+    disorder: tuple[Spread, Spread] = ((0.14, 0.06), (0.34, 0.11))  # of gland outlines, in shares of their radius
 
     # What tells patients apart and classes not
     haematoxylin_strength: Range = (0.6, 1.7)  # optical density of a nucleus where nuclei cover what they usually do

@@ -15,6 +15,13 @@ REDUCTION = 12  # of channels in the gate
 HEADS = 4  # of attention
 
 
+def begin_with_nothing(layer: nn.Linear | nn.Conv2d) -> None:
+    """Zero weights: what is gated by the layer begins ungated, what it adds begins as nothing."""
+    nn.init.zeros_(layer.weight)
+    assert layer.bias is not None
+    nn.init.zeros_(layer.bias)
+
+
 class MultiScaleAttentionPool(nn.Module):
     """A map (N, C, h, w) -> (N, C): its mean, places weighted by attention at three scales.
 
@@ -30,13 +37,14 @@ class MultiScaleAttentionPool(nn.Module):
             for _ in POOL_SCALES
         )
         self.fuse = nn.Conv2d(len(POOL_SCALES), 1, 1)
+        begin_with_nothing(self.fuse)
 
     def forward(self, x: Tensor) -> Tensor:
         weights = [
             nn.functional.interpolate(attend(cells_of(x, scale)), x.shape[2:], mode="nearest")
             for scale, attend in zip(POOL_SCALES, self.scales, strict=True)
         ]
-        weight = torch.sigmoid(self.fuse(torch.cat(weights, 1)))  # (N, 1, h, w)
+        weight = 2 * torch.sigmoid(self.fuse(torch.cat(weights, 1)))  # (N, 1, h, w)
         return (x * weight).flatten(2).mean(2)
 
 
@@ -55,12 +63,12 @@ class ClinicalChannelAttention(nn.Module):
     def __init__(self, channels: int, dropout: float) -> None:
         super().__init__()
         hidden = max(8, channels // REDUCTION)
-        self.gate = nn.Sequential(
-            nn.Linear(channels, hidden), nn.ReLU(inplace=True), nn.Dropout(dropout), nn.Linear(hidden, channels)
-        )
+        last = nn.Linear(hidden, channels)
+        self.gate = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(inplace=True), nn.Dropout(dropout), last)
+        begin_with_nothing(last)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = torch.sigmoid(self.gate(x.mean((2, 3))) + self.gate(x.amax((2, 3))))
+        weight = 2 * torch.sigmoid(self.gate(x.mean((2, 3))) + self.gate(x.amax((2, 3))))
         return x * weight[:, :, None, None]
 
 
@@ -143,13 +151,12 @@ class MMNet(nn.Module):
         self.narrow = nn.ModuleList(nn.Linear(channels, width) for _ in range(NUM_MAGNIFICATIONS))
         self.hierarchy = HierarchicalAttention(width, 0.1)
         self.fusion = HybridCrossMagFusion(width, width, 0.1)
+        self.evidence = nn.ModuleList(nn.Linear(channels, 1) for _ in range(NUM_MAGNIFICATIONS))
+        last = nn.Linear(width, 1)
         self.head = nn.Sequential(
-            nn.Linear(width, width),
-            nn.LayerNorm(width),
-            nn.ReLU(inplace=True),
-            nn.Dropout(dropout),
-            nn.Linear(width, 1),
+            nn.Linear(width, width), nn.LayerNorm(width), nn.ReLU(inplace=True), nn.Dropout(dropout), last
         )
+        begin_with_nothing(last)
 
     def forward(self, images: Tensor, magnification: Tensor, present: Tensor) -> Tensor:
         """magnification (B, 4) must be 0, 1, 2, 3 in each row."""
@@ -167,7 +174,9 @@ class MMNet(nn.Module):
         features = torch.where(present[..., None], features, 0.0)
         features, attention = self.hierarchy(features, present)
         fused, importance = self.fusion(features, present)
-        return self.head(fused)[:, 0].float(), importance, attention
+        alone = torch.stack([layer(vectors[:, slot])[:, 0] for slot, layer in enumerate(self.evidence)], 1)  # (B, 4)
+        mean = torch.where(present, alone, 0.0).sum(1) / present.sum(1)
+        return (mean + self.head(fused)[:, 0]).float(), importance, attention
 
     def vectors(self, images: Tensor, magnification: Tensor) -> Tensor:
         """Images (N, 3, y, x) of magnifications (N,) -> a vector each (N, C)."""

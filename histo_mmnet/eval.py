@@ -1,0 +1,103 @@
+"""Judge a trained run: every fold's patients tested once, baselines and chance beside, figures and a report.
+
+python histo_mmnet/eval.py --all
+python histo_mmnet/eval.py --roc-curves --table
+python histo_mmnet/eval.py --run runs/histo_mmnet/phantom-1a2b3c4d --gradcam
+python histo_mmnet/eval.py --fold 2 --preset breakhis data.root=data/original_data/BreaKHis_v1
+python histo_mmnet/eval.py --compare runs/histo_mmnet/other
+
+Finds the run of the same preset, YAML and words that train.py was given, or --run FOLDER. Thresholds come from validation
+images. Always writes results/ (metrics.json, predictions.csv, fold_k_results.json, results_summary.csv,
+cross_validation_results.json) and report.html; flags add pictures in plots/ and gradcam/ and tables in results/.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from common.errors import end_imports_quietly
+
+    end_imports_quietly()
+
+import torch
+
+from common.command import parse_config, script_parser
+from common.errors import config_error, run_script
+from common.lock import exclusive
+from common.logbook import first_difference
+from common.memory import keep_freed_memory
+from common.parallel import process_group
+from histo_mmnet.comparison import compare
+from histo_mmnet.config import PRESETS, Config
+from histo_mmnet.folds import chosen_trials
+from histo_mmnet.judging import judge
+from histo_mmnet.members import mmnet_of
+from histo_mmnet.pages import Asked, summary, write_pages
+from histo_mmnet.places import collect, run_folder, training_identity
+from histo_mmnet.predictions import load_member
+from histo_mmnet.results import write_results
+from histo_mmnet.splits import Trial
+from histo_mmnet.trainer import Files
+
+FLAGS = {
+    "learning_curves": "draw losses and figures over epochs",
+    "roc_curves": "draw receiver operating characteristics",
+    "table": "write performance_table.csv and summary_report.csv",
+    "magnitude": "importance of the magnifications: Shapley values beside the network's own",
+    "gradcam": "draw what the network looks at, in all four photographs at once",
+}
+
+
+def check_same_run(config: Config, folder: Path, trials: list[Trial]) -> None:
+    """The weights of a run must be those of these constants."""
+    for trial in trials:
+        path = Files.of(folder, mmnet_of(trial.number)).best
+        if path.exists():
+            there, here = training_identity(load_config(path, trial.number)), training_identity(config)
+            if there != here:
+                raise config_error(
+                    f"{path}: was trained with other constants than these ({first_difference(here, there)}); "
+                    "give --run FOLDER and nothing that shapes it"
+                )
+
+
+def load_config(path: Path, fold: int) -> Config:
+    """The config that a fold's weights were trained with."""
+    return load_member(path, mmnet_of(fold), torch.device("cpu"))[1]
+
+
+def main(arguments: list[str]) -> int:
+    parser = script_parser(__doc__ or "", PRESETS)
+    parser.add_argument("--run", type=Path, metavar="FOLDER", help="a run's folder (its config.yaml is the base)")
+    parser.add_argument("--fold", type=int, metavar="K", help="judge one fold (default: all)")
+    parser.add_argument("--all", action="store_true", help="all of the following")
+    for name, words in FLAGS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=words)
+    parser.add_argument(
+        "--compare", type=Path, metavar="FOLDER", help="beside another run that was judged, patient by patient"
+    )
+    config, flags = parse_config(parser, PRESETS, arguments)
+    folder = flags.run if flags.run is not None else run_folder(config)
+    asked = Asked(**{name: flags.all or getattr(flags, name) for name in FLAGS})
+    keep_freed_memory()
+    with process_group(config.train.deterministic) as device, exclusive(folder / "results"):
+        collection = collect(config)
+        for line in collection.told:
+            print(line)
+        trials = chosen_trials(collection, flags.fold)
+        check_same_run(config, folder, trials)
+        if (folder / "results" / "metrics.json").exists():
+            print("note: these patients were judged before; the best of several looks is not an honest figure")
+        verdict = judge(collection, trials, config, folder, device)
+        results = write_results(verdict, trials, folder)
+        written = write_pages(verdict, results, asked, config, folder, device)
+    print(summary(verdict, config))
+    if flags.compare is not None:
+        print(compare(folder, flags.compare, config.evaluation))
+    print(*written, sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

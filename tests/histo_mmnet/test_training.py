@@ -1,0 +1,236 @@
+"""Training: killed runs end in the same bits, restored weights have the logged figures, the parts of a step are right."""
+
+import copy
+import dataclasses
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common.errors import BAD_DATA, WRONG_CALL
+from common.logbook import read_metrics
+from common.parallel import process_group
+from histo_mmnet.config import Config
+from histo_mmnet.dataset import Album
+from histo_mmnet.eval import main as eval_main
+from histo_mmnet.folds import material_of
+from histo_mmnet.members import Member, mmnet_of
+from histo_mmnet.places import collect
+from histo_mmnet.predictions import load_member
+from histo_mmnet.train import main
+from histo_mmnet.trainer import Files, Record, begin, best_of, ends_early, learning_rate, train
+from histo_mmnet.validation import validate
+from tests.common_runs import differing, kill_at_random, run_command, said
+from tests.histo_mmnet.small_runs import changed, in_folder, saved, script, small_config
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    return small_config(tmp_path_factory.mktemp("small"))
+
+
+def record(epoch: int, accuracy: float, loss: float) -> Record:
+    return {"epoch": epoch, "step": 10 * epoch, "val_balanced_accuracy": accuracy, "val_loss": loss}
+
+
+def test_known_defect_1_the_best_weights_are_those_that_were_measured(small: Config, tmp_path: Path) -> None:
+    """The original kept a shallow copy: the last epoch's weights were tested."""
+    config = in_folder(changed(small, "train.epochs=4", "train.learning_rate=0.02"), tmp_path, "best")
+    collection, member = collect(config), mmnet_of(0)
+    album = Album.of(config)
+    with process_group(True) as device:
+        material = material_of(collection, collection.trials[0], member, album)
+        records = train(material, config, tmp_path, device)
+        network, _ = load_member(Files.of(tmp_path, member).best, member, device)
+        measured = validate(network, material.val, album, config)
+    best = best_of(records)
+    assert measured == pytest.approx({name: best[name] for name in measured}, abs=1e-6)
+    assert saved(tmp_path, "best_model_fold_0.pth")["measured"] == best
+    last = saved(tmp_path, "last_fold_0.pth")["weights"]
+    if best is not records[-1]:
+        assert differing(last, network.state_dict(), "")
+    logged = read_metrics(Files.of(tmp_path, member).metrics, ("val_loss",))
+    assert logged == [pytest.approx(one) for one in records]
+
+
+def test_of_equal_accuracy_the_lower_loss_is_best() -> None:
+    records = [record(1, 0.8, 0.5), record(2, 0.9, 0.4), record(3, 0.9, 0.3), record(4, 0.7, 0.1)]
+    assert best_of(records)["epoch"] == 3
+
+
+def test_early_stop_and_learning_rate_follow_balanced_accuracy(small: Config) -> None:
+    config = changed(small, "train.patience=3", "train.scheduler_patience=2", "train.learning_rate=0.01")
+    records = [record(1, 0.8, 0.5), record(2, 0.9, 0.9), record(3, 0.9, 0.1), record(4, 0.85, 0.1)]
+    assert not ends_early(records, config) and learning_rate(records, config) == 0.005
+    assert ends_early([*records, record(5, 0.9, 0.1)], config)
+    assert not ends_early([*records, record(5, 0.91, 0.1)], config)
+    assert not ends_early([*records, record(5, 0.9, 0.1)], changed(config, "train.patience=0"))
+
+
+def gradients(config: Config, micro: int) -> list[torch.Tensor]:
+    """The gradients of one step of four composites in micro-batches, without batch statistics."""
+    from histo_mmnet import trainer
+
+    config = changed(config, *(f"train.micro_batch_{d}={micro}" for d in ("cuda", "mps", "cpu")), "model.dropout=0",
+                     "loss.mixup_alpha=0", "train.max_gradient_norm=1e6")  # fmt: skip
+    collection, member = collect(config), mmnet_of(0)
+    kept: list[torch.Tensor] = []
+    with process_group(True) as device, pytest.MonkeyPatch.context() as patch:
+        material = material_of(collection, collection.trials[0], member, Album.of(config))
+        state = begin(config, member, device)
+        state.model.eval()
+        patch.setattr(trainer, "guarded_update", lambda model, *rest: kept.extend(
+            w.grad.clone() for w in model.parameters()) or torch.tensor(0.0))  # fmt: skip
+        stream = trainer.stream_of(material, config)
+        batches = iter(
+            [trainer.stack([stream[p] for p in range(first, first + micro)]) for first in range(0, 4, micro)]
+        )
+
+        class Stop:
+            asked = False
+
+        statistics = trainer.RunningStatistics(state.model)
+        trainer.take_step(state, statistics, batches, Stop(), material, config)  # type: ignore[arg-type]
+    return kept
+
+
+def test_known_defect_6_accumulated_steps_are_those_of_a_large_batch(small: Config) -> None:
+    whole, parts = gradients(small, 4), gradients(small, 1)
+    for one, other in zip(whole, parts, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-3)
+
+
+def test_clipping_comes_after_unscaling_and_before_the_step(small: Config) -> None:
+    """Known defect 2 clipped scaled gradients with a new scaler per epoch; one guarded update serves every task."""
+    from common import step
+
+    assert "unscale_" in Path(step.__file__).read_text().split("clip_grad_norm_")[0].rsplit("def ", 1)[1]
+
+
+def test_train_py_and_eval_py_from_end_to_end(
+    small: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = in_folder(changed(small, "train.single_magnifications=true", "train.epochs=1"), tmp_path, "whole")
+    words = script(config, tmp_path, 0, [])[2:]
+    code, out, problems = said(main, words, capsys)
+    assert code == 0 and not problems, problems
+    folder = tmp_path / "whole"
+    assert "7 accessions" in out and (folder / "split.csv").exists()
+    assert len(list((folder / "models").glob("best_model_*.pth"))) == 15
+    code, out, problems = said(eval_main, [*words, "--all"], capsys)
+    assert code == 0 and not problems, problems
+    assert "patients (7)" in out and "nearest neighbour by colour" in out and "chance: 0.500" in out
+    for name in ("results/metrics.json", "results/results_summary.csv", "results/cross_validation_results.json",
+                 "results/fold_2_results.json", "results/performance_table.csv", "results/summary_report.csv",
+                 "results/magnification_stats.csv", "results/gradcam_scores.csv", "plots/roc_curves.png",
+                 "plots/learning_curves.png", "plots/magnification_importance.png", "report.html"):  # fmt: skip
+        assert (folder / name).exists(), name
+    assert len(list((folder / "gradcam").glob("fold_*.png"))) >= 3
+    code, out, _ = said(eval_main, ["--run", str(folder), "--compare", str(folder)], capsys)
+    assert code == 0 and "balanced accuracy +0.000 (+0.000 to +0.000)" in out and "judged before" in out
+
+
+def test_wrong_calls_are_one_line(small: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = in_folder(small, tmp_path, "wrong")
+    words = script(config, tmp_path, 0, [])[2:]
+    for more, code, told in (
+        (["--fold", "9"], WRONG_CALL, "no fold 9; expected one of 0, 1, 2"),
+        (["split.num_folds=4"], WRONG_CALL, "4 folds need 4 benign accessions, the data has 3"),
+        (["data.root=nowhere"], WRONG_CALL, "nowhere: no folder"),
+        (["train.batch_size=5"], WRONG_CALL, "no multiple of micro_batch_cpu=2"),
+        (["model.backbone=resnet19"], WRONG_CALL, "nearest: resnet18"),
+    ):
+        found, _, problems = said(main, [*words, *more], capsys)
+        assert found == code and any(told in problem for problem in problems), (more, problems)
+    found, _, problems = said(eval_main, words, capsys)
+    assert found == WRONG_CALL and "train.py with the same words and --fold 0 trains them" in problems[0]
+
+
+def test_an_unreadable_image_ends_training_in_one_line(
+    small: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from data.phantoms.histo import write_phantom
+    from tests.histo_mmnet.small_runs import SMALL
+
+    breast = write_phantom(SMALL, tmp_path / "phantom", 1)
+    for path in breast.rglob("*.png"):
+        path.write_bytes(path.read_bytes()[:100])
+    config = in_folder(changed(small, f"data.root={breast}"), tmp_path, "broken")
+    code, _, problems = said(main, script(config, tmp_path, 0, [])[2:], capsys)
+    assert code == BAD_DATA and len(problems) == 1 and "cannot be read as an image" in problems[0]
+
+
+def test_another_run_in_the_folder_is_refused(
+    small: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = in_folder(changed(small, "train.epochs=1"), tmp_path, "taken")
+    words = script(config, tmp_path, 0, ["--fold", "0"])[2:]
+    assert said(main, words, capsys)[0] == 0
+    code, _, problems = said(main, [*words, "train.learning_rate=0.5"], capsys)
+    assert code == WRONG_CALL and "holds a run of another config" in problems[0]
+    code, _, problems = said(eval_main, [*words, "train.learning_rate=0.5"], capsys)
+    assert code == WRONG_CALL and "trained with other constants" in problems[0]
+
+
+def test_a_member_is_not_taken_for_another(small: Config, tmp_path: Path) -> None:
+    config = in_folder(changed(small, "train.epochs=1"), tmp_path, "members")
+    collection = collect(config)
+    with process_group(True) as device:
+        material = material_of(collection, collection.trials[1], mmnet_of(1), Album.of(config))
+        train(material, config, tmp_path, device)
+        path = Files.of(tmp_path, mmnet_of(1)).best
+        with pytest.raises(Exception, match="holds other weights than mmnet of fold 0"):
+            load_member(path, mmnet_of(0), device)
+        with pytest.raises(Exception, match="holds other weights than 40X of fold 1"):
+            load_member(path, Member(1, (40,)), device)
+
+
+def assert_same(one: Path, other: Path) -> None:
+    names = sorted(path.name for path in (one / "models").iterdir())
+    assert names == sorted(path.name for path in (other / "models").iterdir()) and len(names) == 2
+    for name in names:
+        assert not differing(saved(one, name), saved(other, name), name)
+    for path in (one / "results").glob("*_metrics.csv"):
+        assert path.read_bytes() == (other / "results" / path.name).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "workers"), [(0, 0), (0, 2), (2, 0)])
+def test_killed_at_random_moments_a_run_ends_in_the_same_bits(
+    small: Config, tmp_path: Path, processes: int, workers: int
+) -> None:
+    config = changed(small, "train.epochs=12", f"train.workers={workers}", "train.scheduler_patience=1")
+    done = run_command(script(in_folder(config, tmp_path, "reference"), tmp_path, processes, ["--fold", "0"]))
+    assert done.returncode == 0, done.stderr
+    command = script(in_folder(config, tmp_path, "killed"), tmp_path, processes, ["--fold", "0"])
+    dice, hits = random.Random(processes * 10 + workers), 0
+    for _ in range(5):
+        hits += kill_at_random(command, tmp_path / "killed", dice, 3.0)
+    again = run_command(command)
+    assert again.returncode == 0, again.stderr
+    assert hits >= 2, "too few kills hit the run"
+    assert_same(tmp_path / "reference", tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(small: Config, tmp_path: Path) -> None:
+    """But for rounding: a step sees the same composites."""
+    config = changed(small, "train.epochs=1", "model.dropout=0", "train.learning_rate=1e-4")
+    for processes, name in ((0, "one"), (2, "two")):
+        done = run_command(script(in_folder(config, tmp_path, name), tmp_path, processes, ["--fold", "0"]))
+        assert done.returncode == 0, done.stderr
+    losses = [
+        np.array([r["train_loss"] for r in read_metrics(tmp_path / n / "results/fold_0_metrics.csv", ("train_loss",))])
+        for n in ("one", "two")
+    ]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=0.05)
+
+
+def test_a_state_is_a_function_of_its_config(small: Config) -> None:
+    with process_group(True) as device:
+        one, two = (begin(small, mmnet_of(0), device).model.state_dict() for _ in range(2))
+        other = begin(changed(small, "train.seed=3"), mmnet_of(0), device).model.state_dict()
+    assert not differing(one, two, "") and differing(one, other, "")
+    assert dataclasses.asdict(small) == dataclasses.asdict(copy.deepcopy(small))
