@@ -49,7 +49,7 @@ from histo_mmnet.validation import micro_batch_size, validate
 Record = dict[str, float]
 MONITOR = "val_balanced_accuracy"  # decides early stop and learning rate, and with val_loss the best weights
 BEST = ("kind", "config", "identity", "images", "step", "weights", "measured")
-CHECKPOINT = {"identity": str, "images": str, "step": int, "records": list, "weights": dict, "model": dict, "optimizer": dict,
+CHECKPOINT = {"identity": str, "images": str, "step": int, "records": list, "losses": list, "weights": dict, "model": dict, "optimizer": dict,
               "scaler": dict}  # fmt: skip
 
 
@@ -74,6 +74,7 @@ class State:
     scaler: GradScaler
     step: int
     records: list[Record]  # one per epoch
+    losses: list[float]  # of the steps of the epoch in hand
 
     def as_checkpoint(self, config: Config, material: Material) -> dict[str, Any]:
         return {
@@ -83,6 +84,7 @@ class State:
             "images": material.digest,
             "step": self.step,
             "records": self.records,
+            "losses": self.losses,
             "weights": self.average.state_dict(),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -113,7 +115,7 @@ def begin(config: Config, member: Member, device: torch.device) -> State:
         for decays, decay in ((True, config.train.weight_decay), (False, 0.0))
     ]
     scaler = GradScaler(device.type, enabled=config.train.precision == "float16")
-    return State(model, average, AdamW(groups, lr=0.0, fused=True), scaler, 0, [])
+    return State(model, average, AdamW(groups, lr=0.0, fused=True), scaler, 0, [], [])
 
 
 def resume(state: State, path: Path, config: Config, material: Material) -> None:
@@ -126,9 +128,10 @@ def resume(state: State, path: Path, config: Config, material: Material) -> None
     with parsing(path, "start over with --fresh"):
         load_optimizer(state.optimizer, saved["optimizer"], ("exp_avg", "exp_avg_sq"))
         state.scaler.load_state_dict(saved["scaler"])
-        if not all(isinstance(value, int | float) for record in saved["records"] for value in record.values()):
+        numbers = [*saved["losses"], *(value for record in saved["records"] for value in record.values())]
+        if not all(isinstance(value, int | float) for value in numbers):
             raise ValueError("records that are no numbers")
-    state.step, state.records = saved["step"], saved["records"]
+    state.step, state.records, state.losses = saved["step"], saved["records"], saved["losses"]
 
 
 def learning_rate(records: list[Record], config: Config) -> float:
@@ -285,10 +288,13 @@ def run_steps(
     at_end = False
     while not at_end:
         measured, stop_asked = take_step(state, statistics, stream, stop, material, config)
+        state.losses.append(measured["train_loss"])
         bar.set_postfix(loss=f"{measured['train_loss']:.4f}", refresh=False)
         bar.update()
         if state.step % per_epoch == 0:
+            measured |= {"train_loss": sum(state.losses) / len(state.losses)}
             measured |= validate(state.average, material.val, material.album, config)
+            state.losses = []
             state.records.append({"epoch": state.step // per_epoch, "step": state.step} | measured)
             at_end = state.step == last or ends_early(state.records, config)
             if scalars is not None:
