@@ -67,9 +67,8 @@ def check_same_run(saved: dict[str, Any], path: Path, identity: str, data: tuple
         raise data_error(f"{path}: is at step {saved['step']} of {last_step}; damaged, start over with --fresh")
 
 
-def check_best(path: Path, has_best: bool) -> None:
-    """Raise a data error where the run of a checkpoint had best weights and best.pt is not beside it any more."""
-    best = path.with_name("best.pt")
+def check_best(best: Path, has_best: bool) -> None:
+    """Raise a data error where a run that goes on had best weights and their file is not there any more."""
     if has_best and not best.exists():
         raise data_error(f"{best}: is missing, the best weights so far; restore it, or start over with --fresh")
 

@@ -103,7 +103,7 @@ def resume(state: State, path: Path, config: Config, volumes: Volumes) -> None:
         if not all(isinstance(value, int | float) for record in saved["records"] for value in record.values()):
             raise ValueError("records that are no numbers")
     state.step, state.records = saved["step"], saved["records"]
-    check_best(path, bool(ranked(state.records, config)))
+    check_best(path.with_name("best.pt"), bool(ranked(state.records, config)))
 
 
 def moments_of(state: State, saved: dict[str, Any], config: Config) -> tuple[str, ...]:

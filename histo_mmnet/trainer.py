@@ -49,8 +49,8 @@ from histo_mmnet.validation import micro_batch_size, validate
 Record = dict[str, float]
 MONITOR = "val_balanced_accuracy"  # decides early stop and learning rate, and with val_loss the best weights
 BEST = ("kind", "config", "identity", "images", "step", "weights", "measured")
-CHECKPOINT = {"identity": str, "images": str, "step": int, "records": list, "losses": list, "weights": dict, "model": dict, "optimizer": dict,
-              "scaler": dict}  # fmt: skip
+CHECKPOINT = {"identity": str, "images": str, "step": int, "records": list, "losses": list, "weights": dict, "model": dict,
+              "optimizer": dict, "scaler": dict}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,13 +107,10 @@ def begin(config: Config, member: Member, device: torch.device) -> State:
     torch.manual_seed(config.train.seed)
     model = build_network(member, config.model).to(device)
     average = copy.deepcopy(model).eval().requires_grad_(False)
-    groups = [
-        {
-            "params": [w for w in model.parameters() if w.requires_grad and (w.dim() > 1) == decays],
-            "weight_decay": decay,
-        }
-        for decays, decay in ((True, config.train.weight_decay), (False, 0.0))
-    ]
+    groups: list[dict[str, Any]] = []
+    for name, decays in (("weights", True), ("biases and norms", False)):
+        chosen = [weight for weight in model.parameters() if weight.requires_grad and (weight.dim() > 1) == decays]
+        groups.append({"params": chosen, "name": name, "weight_decay": config.train.weight_decay if decays else 0.0})
     scaler = GradScaler(device.type, enabled=config.train.precision == "float16")
     return State(model, average, AdamW(groups, lr=0.0, fused=True), scaler, 0, [], [])
 

@@ -113,7 +113,7 @@ def resume(state: State, path: Path, config: Config, patches: Patches) -> None:
     """Continue from a checkpoint of the very same run on the very same patches."""
     saved = load_checkpoint(path, KIND, CHECKPOINT)
     check_same_run(saved, path, training_identity(config), ("patches", patches.digest), config.train.steps)
-    check_best(path, saved["best"] >= 0)
+    check_best(path.with_name("best.pt"), saved["best"] >= 0)
     load_weights(state.model, saved["model"], path)
     load_weights(state.average, saved["weights"], path)
     with parsing(path, "start over with --fresh"):

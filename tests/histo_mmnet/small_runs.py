@@ -41,6 +41,6 @@ def script(config: Config, folder: Path, processes: int, words: list[str]) -> li
 
 
 def saved(folder: Path, name: str) -> dict[str, Any]:
-    """A checkpoint of a run."""
+    """A checkpoint of a run, without the config, which names the run."""
     state: dict[str, Any] = torch.load(folder / "models" / name, weights_only=True)
-    return state
+    return {key: value for key, value in state.items() if key != "config"}
