@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from common.files import write_text
+from common.errors import config_error
+from common.files import parsing, read_text, write_text
 from common.logbook import read_metrics
 from common.metrics.classification import confusion, roc_auc, roc_curve
 from histo_mmnet.evaluation import Figures, balanced_accuracy_of, cases_of
@@ -98,3 +99,17 @@ def as_csv(rows: list[dict[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def fold_thresholds(run: Path) -> dict[int, float]:
+    """Fold -> the threshold that eval.py chose for it."""
+    found = {}
+    for path in sorted((run / "results").glob("fold_*_results.json")):
+        with parsing(path, "eval.py writes it anew"):
+            one = json.loads(read_text(path))
+            found[int(one["fold"])] = float(one["optimal_threshold"])
+    if not found:
+        raise config_error(
+            f"--run: no results/fold_k_results.json in {run}; eval.py chooses the thresholds and writes them"
+        )
+    return found

@@ -12,7 +12,19 @@ ROOMS = (*TASKS, "common", "data")
 MAX_FUNCTION_LINES = 100
 MAX_FILE_LINES = 400
 GLOBAL_RANDOM = ("np.random.rand", "np.random.seed", "np.random.normal", "np.random.uniform", "np.random.choice")
-PEERS = ("monai", "skimage", "faiss", "lifelines", "torchvision", "timm", "sksurv", "mrcfile", "starfile", "copick")
+PEERS = (
+    "monai",
+    "skimage",
+    "faiss",
+    "lifelines",
+    "torchvision",
+    "torchstain",
+    "timm",
+    "sksurv",
+    "mrcfile",
+    "starfile",
+    "copick",
+)
 ALLOWED_AT_TOP = {*ROOMS, "tests", "docs", "README.md", "Makefile", "pyproject.toml",
                   "requirements.txt", "requirements-extras.txt", "LICENSE"}  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Training: killed runs end in the same bits, restored weights have the logged figures, the parts of a step are right."""
 
 import copy
+import csv
 import dataclasses
 import random
 from pathlib import Path
@@ -12,12 +13,14 @@ import torch
 from common.errors import BAD_DATA, WRONG_CALL
 from common.logbook import read_metrics
 from common.parallel import process_group
+from histo_mmnet.comparison import patients_of
 from histo_mmnet.config import Config
 from histo_mmnet.dataset import Album
 from histo_mmnet.eval import main as eval_main
 from histo_mmnet.folds import material_of
 from histo_mmnet.members import Member, mmnet_of
 from histo_mmnet.places import collect
+from histo_mmnet.predict import main as predict_main
 from histo_mmnet.predictions import load_member
 from histo_mmnet.train import main
 from histo_mmnet.trainer import Files, Record, begin, best_of, ends_early, learning_rate, train
@@ -128,8 +131,23 @@ def test_train_py_and_eval_py_from_end_to_end(
                  "plots/learning_curves.png", "plots/magnification_importance.png", "report.html"):  # fmt: skip
         assert (folder / name).exists(), name
     assert len(list((folder / "gradcam").glob("fold_*.png"))) >= 3
+    check_predictions(config, folder, tmp_path / "new.csv", capsys)
     code, out, _ = said(eval_main, ["--run", str(folder), "--compare", str(folder)], capsys)
     assert code == 0 and "balanced accuracy +0.000 (+0.000 to +0.000)" in out and "judged before" in out
+
+
+def check_predictions(config: Config, folder: Path, output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Known defect 14: a patient of the run is judged by the one fold that tested it, as eval.py did."""
+    words = ["--run", str(folder), "--input", str(config.data.root), "--output", str(output)]
+    code, out, problems = said(predict_main, words, capsys)
+    assert code == 0 and "7 patients" in out, problems
+    rows = list(csv.DictReader(output.read_text().splitlines()))
+    judged = patients_of(folder)
+    assert {row["accession"] for row in rows} == judged.keys()
+    for row in rows:
+        assert row["networks"] == "1"
+        assert float(row["probability"]) == pytest.approx(judged[row["accession"]][1], abs=1e-4)
+        assert float(row["threshold"]) == pytest.approx(judged[row["accession"]][2], abs=1e-5)
 
 
 def test_wrong_calls_are_one_line(small: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
