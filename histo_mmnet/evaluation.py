@@ -14,7 +14,7 @@ from common.metrics.classification import best_f1_threshold, calibration, confus
 from common.metrics.intervals import Interval, bootstrap_interval
 from histo_mmnet.config import Evaluation
 from histo_mmnet.names import MAGNIFICATIONS
-from histo_mmnet.predictions import NUM_SETS, Floats, Predictions, probability
+from histo_mmnet.predictions import ALL, NUM_SETS, Floats, Predictions, probability
 from histo_mmnet.shapley import shapley_values
 
 Ints = npt.NDArray[np.int64]
@@ -49,9 +49,9 @@ class Cases:
 
 
 def cases_of(folds: Sequence[Predictions], thresholds: Sequence[float], chosen: int) -> Cases:
-    """All folds' composites with a set of magnifications by number (NUM_SETS - 1: all there are), where they have it."""
+    """All folds' composites with a set of magnifications by number, where they have it."""
     rows = [(p, threshold, k) for p, threshold in zip(folds, thresholds, strict=True) for k in range(len(p.composites))]
-    values = [p.logits[k] if chosen == NUM_SETS - 1 else p.of_sets[k, chosen] for p, _, k in rows]
+    values = [p.logits[k] if chosen == ALL else p.of_sets[k, chosen] for p, _, k in rows]
     kept = [row for row, value in zip(rows, values, strict=True) if np.isfinite(value)]
     accessions = sorted({p.composites[k].slide.accession for p, _, k in kept})
     number = {accession: at for at, accession in enumerate(accessions)}

@@ -27,7 +27,7 @@ def draw_learning_curves(results: list[dict[str, Any]], path: Path) -> None:
         panel.grid(alpha=0.3)
     axes[1, 0].set_xlabel("epoch")
     axes[1, 1].set_xlabel("epoch")
-    axes[0, 0].legend(fontsize=8)
+    axes[0, 1].legend(fontsize=8)
     save_figure(figure, path)
 
 

@@ -33,7 +33,7 @@ from histo_mmnet.trainer import Files
 
 STEPS = 10  # of taking away and putting back
 BLURRED = 9  # pixels of the mean that stands for nothing
-PER_FOLD = 2  # patients of each class that are drawn
+PER_FOLD = 1  # patients of each class that are drawn
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -186,7 +186,9 @@ def caption(found: Explained) -> str:
 
 def draw_explained(found: Explained, album: Album, threshold: float, path: Path) -> None:
     """The photographs above, the maps over them below."""
-    figure, axes = plt.subplots(2, len(MAGNIFICATIONS), figsize=(11, 4.2))
+    height = 2 * 2.75 * album.size[0] / album.size[1] + 0.6
+    spacing = {"hspace": 0.03, "wspace": 0.03, "top": 1 - 0.6 / height, "bottom": 0.0, "left": 0.0, "right": 1.0}
+    figure, axes = plt.subplots(2, len(MAGNIFICATIONS), figsize=(11, height), gridspec_kw=spacing)
     for column, (m, photograph) in enumerate(zip(MAGNIFICATIONS, found.composite.paths, strict=True)):
         for row in (0, 1):
             panel = axes[row, column]

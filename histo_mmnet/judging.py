@@ -27,11 +27,10 @@ from histo_mmnet.evaluation import (
 from histo_mmnet.members import Member, baselines_of, mmnet_of
 from histo_mmnet.names import MAGNIFICATIONS
 from histo_mmnet.places import Collection, images_of
-from histo_mmnet.predictions import NUM_SETS, Predictions, load_member, predict, probability
+from histo_mmnet.predictions import ALL, NUM_SETS, Predictions, load_member, predict, probability
 from histo_mmnet.splits import Trial
 from histo_mmnet.trainer import Files
 
-ALL = NUM_SETS - 1
 SUMMARY = ("accuracy", "balanced_accuracy", "f1", "auc", "precision", "recall")
 CURVES = {"train_losses": "train_loss", "val_losses": "val_loss", "val_balanced_accuracies": "val_balanced_accuracy",
           "val_aucs": "val_auc", "learning_rates": "learning_rate"}  # fmt: skip
@@ -66,10 +65,10 @@ def judge_member(
         )
     network, trained = load_member(path, member, device)
     used = dataclasses.replace(trained, evaluation=config.evaluation)
-    validation = predict(network, composites_of(collection, trial, member, "val"), album, used)
+    validation = predict(network, composites_of(collection, trial, member, "val"), album, used, (ALL,))
     composites = composites_of(collection, trial, member, "test")
     began = time.perf_counter()
-    predictions = predict(network, composites, album, used)
+    predictions = predict(network, composites, album, used, (ALL,) if member.prefix else range(1, NUM_SETS))
     patients = len({composite.slide.accession for composite in composites})
     seconds = (time.perf_counter() - began) / patients
     return FoldVerdict(member, validation, predictions, threshold_of([validation], set()), seconds)

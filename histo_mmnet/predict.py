@@ -33,7 +33,7 @@ from histo_mmnet.config import PRESETS, Config
 from histo_mmnet.dataset import Album, Slide, all_composites, slides_of
 from histo_mmnet.members import mmnet_of
 from histo_mmnet.names import MAGNIFICATIONS
-from histo_mmnet.predictions import load_member, predict, probability
+from histo_mmnet.predictions import ALL, load_member, predict, probability
 from histo_mmnet.results import as_csv, fold_thresholds
 from histo_mmnet.scan import find_breast, scan
 from histo_mmnet.splits import Trial, read_split
@@ -60,7 +60,7 @@ def slide_probabilities(
         network, trained = load_member(path, mmnet_of(trial.number), device)
         composites = all_composites(own, MAGNIFICATIONS)
         used = dataclasses.replace(trained, evaluation=config.evaluation)
-        said = probability(predict(network, composites, album, used).logits)
+        said = probability(predict(network, composites, album, used, (ALL,)).logits)
         for slide in own:
             rows = [k for k, composite in enumerate(composites) if composite.slide is slide]
             found[slide.name].append((trial.number, float(said[rows].mean())))

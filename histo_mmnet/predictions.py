@@ -5,6 +5,7 @@ its vectors.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from histo_mmnet.names import MAGNIFICATIONS
 
 Floats = npt.NDArray[np.float64]
 NUM_SETS = 2 ** len(MAGNIFICATIONS)  # of magnifications, by bits: bit m is MAGNIFICATIONS[m]; 0 is the empty one
+ALL = NUM_SETS - 1  # whatever there is
 FLIPS: tuple[tuple[int, ...], ...] = ((), (2,), (3,), (2, 3))  # of axes y and x
 AT_ONCE = 16  # images, and composites, that pass a network at once
 
@@ -52,11 +54,15 @@ def load_member(path: Path, member: Member, device: torch.device) -> tuple[Netwo
 
 
 @torch.inference_mode()
-def predict(network: Network, composites: list[Composite], album: Album, config: Config) -> Predictions:
-    """Logits of all composites and of all sets of their magnifications, flips averaged where the config says so."""
-    device = next(network.parameters()).device
+def predict(
+    network: Network, composites: list[Composite], album: Album, config: Config, sets: Sequence[int]
+) -> Predictions:
+    """Logits of all composites with sets of their magnifications, flips averaged where the config says so.
+
+    sets: numbers of those that are wanted; the others are NaN.
+    """
     flips = FLIPS if config.evaluation.flips else FLIPS[:1]
-    found = [_predict_flipped(network, composites, album, config, axes, device) for axes in flips]
+    found = [_predict_flipped(network, composites, album, config, axes, sets) for axes in flips]
     logits, of_sets, importance = (np.mean([part[k] for part in found], 0) for k in range(3))
     return Predictions(composites, logits, of_sets, importance)
 
@@ -67,9 +73,10 @@ def _predict_flipped(
     album: Album,
     config: Config,
     axes: tuple[int, ...],
-    device: torch.device,
+    sets: Sequence[int],
 ) -> tuple[Floats, Floats, Floats]:
     """Predictions' three arrays for images that are flipped along axes."""
+    device = next(network.parameters()).device
     paths = sorted({(path, slot) for c in composites for slot, path in enumerate(c.paths) if path is not None})
     place = {path: at for at, (path, _) in enumerate(paths)}
     vectors = image_vectors(network, paths, album, config, axes, device)
@@ -77,11 +84,10 @@ def _predict_flipped(
         [[place[path] if path is not None else -1 for path in c.paths] for c in composites], device=device
     )
     logits, importance = np.full((len(composites), NUM_SETS), np.nan), np.full((len(composites), 4), np.nan)
-    full = NUM_SETS - 1
     for first in range(0, len(composites), AT_ONCE):
         own = index[first : first + AT_ONCE]
         slots = torch.where((own >= 0)[..., None], vectors[own.clamp(min=0)], 0.0)
-        for number in range(1, NUM_SETS):
+        for number in sets:
             chosen = torch.tensor([bool(number >> m & 1) for m in range(4)], device=device)
             present = (own >= 0) & chosen
             rows = present.any(1).nonzero()[:, 0]
@@ -91,9 +97,9 @@ def _predict_flipped(
                 result: tuple[Tensor, ...] = network.fused(slots[rows], present[rows])
             at = first + rows.cpu().numpy()
             logits[at, number] = result[0].double().cpu().numpy()
-            if number == full and isinstance(network, MMNet):
+            if number == ALL and isinstance(network, MMNet):
                 importance[at] = result[1].double().cpu().numpy()
-    return logits[:, full], logits, importance
+    return logits[:, ALL], logits, importance
 
 
 def image_vectors(

@@ -13,9 +13,9 @@ from common.files import parsing, read_text, write_text
 from common.logbook import read_metrics
 from common.metrics.classification import confusion, roc_auc, roc_curve
 from histo_mmnet.evaluation import Figures, balanced_accuracy_of, cases_of
-from histo_mmnet.judging import ALL, FoldVerdict, Verdict
+from histo_mmnet.judging import FoldVerdict, Verdict
 from histo_mmnet.names import MAGNIFICATIONS
-from histo_mmnet.predictions import probability
+from histo_mmnet.predictions import ALL, probability
 from histo_mmnet.splits import Trial
 from histo_mmnet.trainer import Files
 
