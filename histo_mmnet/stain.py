@@ -10,6 +10,7 @@ Macenko et al. 2009 (doi 10.1109/ISBI.2009.5193250); Reinhard et al. 2001 (doi 1
 """
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -47,27 +48,24 @@ def sampled_pixels(images: Tensor) -> Tensor:
 
 def white_of(pixels: Tensor) -> Tensor:
     """The brightness (B, 3) of empty glass in pixels (B, n, 3)."""
-    return quantile(pixels.transpose(1, 2), None, WHITE_QUANTILE).clamp(DARKEST_WHITE, 1.0)
+    rank = max(1, round(WHITE_QUANTILE * pixels.shape[1]))
+    return pixels.kthvalue(rank, 1).values.clamp(DARKEST_WHITE, 1.0)
 
 
 def optical_density(images: Tensor, white: Tensor) -> Tensor:
     """-log(I / I0) of brightness 0..1, at least 0 and at most DENSEST; white must broadcast."""
-    floor = torch.exp(torch.tensor(-DENSEST)).item()
-    return -torch.log((images / white).clamp(floor, 1.0))
+    return -torch.log((images / white).clamp(math.exp(-DENSEST), 1.0))
 
 
-def quantile(values: Tensor, counted: Tensor | None, share: float) -> Tensor:
-    """The value (...) below which a share of the counted values (..., n) lie; 0 where none is counted.
+def quantiles(values: Tensor, counted: Tensor, shares: tuple[float, ...]) -> Tensor:
+    """The values (..., k) below which shares of the counted values (..., n) lie; 0 where none is counted.
 
-    By sorting, as torch.quantile takes no mask; counted is a bool (..., n) that broadcasts, None: all.
+    By sorting, as torch.quantile takes no mask; counted is a bool (..., n) that broadcasts.
     """
-    if counted is None:
-        return values.kthvalue(max(1, round(share * values.shape[-1])), -1).values
     ordered = values.masked_fill(~counted, torch.inf).sort(-1).values
-    number = counted.expand(values.shape).sum(-1)
-    rank = (share * (number - 1).clamp(min=0)).round().long()
-    found = ordered.gather(-1, rank[..., None])[..., 0]
-    return torch.where(number > 0, found, 0.0)
+    number = counted.expand(values.shape).sum(-1, keepdim=True)  # (..., 1)
+    rank = ((number - 1).clamp(min=0) * torch.tensor(shares, device=values.device)).round().long()  # (..., k)
+    return torch.where(number > 0, ordered.gather(-1, rank), 0.0)
 
 
 @torch.no_grad()
@@ -85,7 +83,7 @@ def estimate(images: Tensor) -> Stain:
     vectors = torch.where(vectors.sum(1, keepdim=True) < 0, -vectors, vectors)  # towards more light lost
     plane = density @ vectors  # (B, n, 2)
     angle = torch.atan2(plane[..., 0], plane[..., 1])
-    ends = torch.stack([quantile(angle, tissue, q) for q in ANGLE_QUANTILES], 1)  # (B, 2)
+    ends = quantiles(angle, tissue, ANGLE_QUANTILES)  # (B, 2)
     found = torch.stack([ends.sin(), ends.cos()], 1)  # (B, 2 of plane, 2 of stains)
     directions = torch.einsum("bcp,bps->bsc", vectors, found)  # (B, stain, channel)
     directions = directions.clamp(min=1e-3)
@@ -97,7 +95,7 @@ def estimate(images: Tensor) -> Stain:
     reference = torch.tensor(REFERENCE, device=images.device)
     directions = torch.where(is_found[:, None, None], directions, reference)
     amounts = concentrations(density, directions)  # (B, n, 2)
-    strength = torch.stack([quantile(amounts[..., s], tissue, STRENGTH_QUANTILE) for s in range(2)], 1)
+    strength = quantiles(amounts.transpose(1, 2), tissue[:, None], (STRENGTH_QUANTILE,))[..., 0]  # (B, 2)
     is_found &= (strength > 0.05).all(1)
     expected = torch.tensor(REFERENCE_STRENGTH, device=images.device)
     return Stain(
@@ -114,9 +112,27 @@ def concentrations(density: Tensor, directions: Tensor) -> Tensor:
     return density @ unmixing
 
 
-def by_matrices(density: Tensor, matrices: Tensor) -> Tensor:
-    """Densities (B, 3, y, x) times a matrix each (B, 3 in, 3 out)."""
-    return torch.einsum("bcyx,bco->boyx", density, matrices)
+def stained(images: Tensor, stain: Stain, matrices: Tensor, added: Tensor, white: Tensor) -> Tensor:
+    """I = white exp(-(D M + added)) within 0..1, D the optical density of images (B, 3, y, x) before the stain's own white.
+
+    matrices: (B, 3 in, 3 out); added, white: (B, 3). Images without a found stain come back unchanged.
+    """
+    offset = white.log() - added  # (B, 3)
+    if torch.is_grad_enabled() and images.requires_grad:
+        relative = images / stain.white[:, :, None, None].to(images.dtype)
+        light = relative.clamp(math.exp(-DENSEST), 1.0).log()  # minus the density
+        mapped = (torch.einsum("bcyx,bco->boyx", light, matrices) + offset[:, :, None, None]).exp().clamp(0, 1)
+        return torch.where(stain.is_found[:, None, None, None], mapped, images)
+    found = torch.empty(images.shape, dtype=images.dtype, device=images.device)
+    for number, is_found in enumerate(stain.is_found.tolist()):  # one by one: what an image needs stays in the caches
+        if is_found:
+            relative = images[number].contiguous() / stain.white[number, :, None, None].to(images.dtype)
+            light = relative.clamp_(math.exp(-DENSEST), 1.0).log_().flatten(1)
+            result = torch.addmm(offset[number, :, None], matrices[number].T, light, out=found[number].view(3, -1))
+            result.exp_().clamp_(0, 1)
+        else:
+            found[number] = images[number]
+    return found
 
 
 def macenko(images: Tensor) -> Tensor:
@@ -125,13 +141,12 @@ def macenko(images: Tensor) -> Tensor:
     Images in which no two stains are found come back unchanged.
     """
     stain = estimate(images)
-    reference = torch.tensor(REFERENCE, device=images.device)
+    reference = torch.tensor(REFERENCE, device=images.device, dtype=images.dtype)
     scale = torch.tensor(REFERENCE_STRENGTH, device=images.device) / stain.strength  # (B, 2)
     unmixing = torch.linalg.pinv(stain.directions.double()).to(images.dtype)  # (B, 3, 2)
-    matrices = unmixing * scale[:, None].to(images.dtype) @ reference.to(images.dtype)
-    density = optical_density(images, stain.white[:, :, None, None].to(images.dtype))
-    mapped = torch.exp(-by_matrices(density, matrices)).clamp(0, 1)
-    return torch.where(stain.is_found[:, None, None, None], mapped, images)
+    matrices = unmixing * scale[:, None].to(images.dtype) @ reference
+    nothing = torch.zeros(len(images), 3, dtype=images.dtype, device=images.device)
+    return stained(images, stain, matrices, nothing, torch.ones_like(nothing))
 
 
 def reference_stain(images: Tensor) -> Stain:
@@ -151,11 +166,8 @@ def random_stain(images: Tensor, stain: Stain, factors: Tensor, shifts: Tensor) 
     directions = stain.directions.to(images.dtype)
     identity = torch.eye(3, dtype=images.dtype, device=images.device)
     matrices = identity + unmixing * (factors.to(images.dtype)[:, None] - 1) @ directions
-    added = ((shifts * stain.strength)[:, None].to(images.dtype) @ directions)[:, 0, :, None, None]  # (B, 3, 1, 1)
-    white = stain.white[:, :, None, None].to(images.dtype)
-    density = optical_density(images, white)
-    mapped = (white * torch.exp(-(by_matrices(density, matrices) + added))).clamp(0, 1)
-    return torch.where(stain.is_found[:, None, None, None], mapped, images)
+    added = ((shifts * stain.strength)[:, None].to(images.dtype) @ directions)[:, 0]  # (B, 3)
+    return stained(images, stain, matrices, added, stain.white.to(images.dtype))
 
 
 # log cone responses from linear RGB and back, and their opponent axes (Reinhard et al. 2001, equations 4 to 6)
@@ -168,17 +180,41 @@ REINHARD_MEAN = (-0.83, 0.03, 0.02)  # of the tissue of a well stained section, 
 REINHARD_DEVIATION = (0.38, 0.06, 0.02)
 
 
-def to_opponent(images: Tensor) -> Tensor:
-    """Brightness 0..1 (B, 3, y, x) -> light, yellow-blue, red-green of log cone responses."""
-    cones = torch.einsum("oc,bcyx->boyx", images.new_tensor(TO_CONES), images)
-    return torch.einsum("oc,bcyx->boyx", images.new_tensor(OPPONENT), cones.clamp(min=DARKEST).log())
+@dataclasses.dataclass(frozen=True, eq=False)
+class Colour:
+    """What tissue looks like in each image of a batch, along the opponent axes."""
+
+    white: Tensor  # (B, 3) brightness of empty glass
+    mean: Tensor  # (B, 3)
+    deviation: Tensor  # (B, 3)
+    is_found: Tensor  # (B,) bool: there is tissue, and not of one colour
 
 
-def from_opponent(axes: Tensor) -> Tensor:
-    """The way back, within 0..1."""
-    cones = torch.einsum("oc,boyx->bcyx", axes.new_tensor(OPPONENT), axes).exp()  # its inverse is its transpose
-    back = torch.linalg.inv(torch.tensor(TO_CONES, dtype=torch.float64)).to(axes)
-    return torch.einsum("oc,bcyx->boyx", back, cones).clamp(0, 1)
+def opponent_axes(brightness: Tensor) -> Tensor:
+    """Brightness 0..1 (..., 3) -> light, yellow-blue, red-green of log cone responses (..., 3)."""
+    cones = (brightness @ brightness.new_tensor(TO_CONES).T).clamp(min=DARKEST)
+    return cones.log() @ brightness.new_tensor(OPPONENT).T
+
+
+def tissue_share(relative: Tensor) -> Tensor:
+    """How much of a pixel is tissue, 0..1, from its brightness as a share of white's (..., 3)."""
+    density = -relative.mean(-1).clamp(math.exp(-DENSEST), 1.0).log()
+    return (2 * density / TISSUE - 1).clamp(0, 1)
+
+
+@torch.no_grad()
+def colour_of(images: Tensor) -> Colour:
+    """Mean and deviation of the tissue's colour in images (B, 3, y, x)."""
+    pixels = torch.nan_to_num(sampled_pixels(images.float())).clamp(0, 1)  # (B, n, 3)
+    white = white_of(pixels)
+    share = tissue_share(pixels / white[:, None])[..., None]  # (B, n, 1)
+    count = share.sum(1)
+    weight = share / count.clamp(min=1)[:, None]
+    axes = opponent_axes(pixels)
+    mean = (weight * axes).sum(1)
+    deviation = (weight * (axes - mean[:, None]) ** 2).sum(1).sqrt()
+    is_found = (count[:, 0] >= FEWEST * pixels.shape[1]) & (deviation.amax(1) > SMALLEST_DEVIATION)
+    return Colour(white, mean, deviation, is_found)
 
 
 def reinhard(images: Tensor) -> Tensor:
@@ -186,17 +222,25 @@ def reinhard(images: Tensor) -> Tensor:
 
     Glass stays as it is, what is between glass and tissue is moved in part; images without tissue come back unchanged.
     """
-    axes = to_opponent(images)
-    with torch.no_grad():
-        white = white_of(torch.nan_to_num(sampled_pixels(images.float())).clamp(0, 1))[:, :, None, None]
-        density = optical_density(images.float(), white).mean(1, keepdim=True)
-        share = (2 * density / TISSUE - 1).clamp(0, 1).to(images.dtype)  # of tissue, (B, 1, y, x)
-        count = share.sum((2, 3), keepdim=True)
-        weight = share / count.clamp(min=1)
-        mean = (weight * axes).sum((2, 3), keepdim=True)
-        deviation = (weight * (axes - mean) ** 2).sum((2, 3), keepdim=True).sqrt()
-        is_found = (count >= FEWEST * density[0].numel()) & (deviation.amax(1, keepdim=True) > SMALLEST_DEVIATION)
-    scale = axes.new_tensor(REINHARD_DEVIATION)[:, None, None] / deviation.clamp(min=SMALLEST_DEVIATION)
-    scale = scale.clamp(1 / LARGEST_SCALE, LARGEST_SCALE)
-    mapped = from_opponent((axes - mean) * scale + axes.new_tensor(REINHARD_MEAN)[:, None, None])
-    return torch.where(is_found, images + share * (mapped - images), images)
+    colour, dtype = colour_of(images), images.dtype
+    axes = torch.tensor(OPPONENT, device=images.device)  # orthonormal: its inverse is its transpose
+    scale = images.new_tensor(REINHARD_DEVIATION).float() / colour.deviation.clamp(min=SMALLEST_DEVIATION)
+    scale = scale.clamp(1 / LARGEST_SCALE, LARGEST_SCALE)  # (B, 3)
+    matrices = (axes.T * scale[:, None]) @ axes  # (B, 3, 3), of log cone responses
+    offsets = (images.new_tensor(REINHARD_MEAN).float() - scale * colour.mean) @ axes  # (B, 3)
+    to_cones = torch.tensor(TO_CONES, dtype=torch.float64, device=images.device)
+    back = torch.linalg.inv(to_cones).to(dtype)
+    results = []
+    for number, is_found in enumerate(colour.is_found.tolist()):
+        image = images[number]
+        if not is_found:
+            results.append(image)
+            continue
+        pixels = image.flatten(1)  # (3, y x)
+        light = (to_cones.to(dtype) @ pixels).clamp(min=DARKEST).log()
+        moved = torch.addmm(offsets[number, :, None].to(dtype), matrices[number].to(dtype), light).exp()
+        mapped = (back @ moved).clamp(0, 1)
+        with torch.no_grad():
+            share = tissue_share((pixels / colour.white[number, :, None].to(dtype)).T)
+        results.append(torch.lerp(pixels, mapped, share).view_as(image))
+    return torch.stack(results)
