@@ -123,22 +123,35 @@ def calibration_error(cases: Cases) -> float:
     return calibration(cases.label, cases.probability, CALIBRATION_BINS)[3]
 
 
+def scores_of_sets(folds: Sequence[Predictions]) -> tuple[Ints, Floats]:
+    """Each patient's label (patients,) and mean probability with each set (patients, 16), 0.5 where nothing of it was taken."""
+    said: dict[str, list[Floats]] = {}
+    labels: dict[str, int] = {}
+    for predictions in folds:
+        for composite, logits in zip(predictions.composites, predictions.of_sets, strict=True):
+            said.setdefault(composite.slide.accession, []).append(probability(logits))
+            labels[composite.slide.accession] = composite.slide.label
+    scores = np.full((len(said), NUM_SETS), 0.5)
+    for row, accession in enumerate(sorted(said)):
+        own = np.array(said[accession])  # (composites, 16), NaN where a composite shows nothing of a set
+        there = np.isfinite(own)
+        known = there.any(0)
+        scores[row, known] = np.where(there, own, 0).sum(0)[known] / there.sum(0)[known]
+    return np.array([labels[accession] for accession in sorted(said)]), scores
+
+
 def magnification_importance(folds: Sequence[Predictions], settings: Evaluation) -> list[Interval]:
     """What each magnification adds to the patients' AUC: exact Shapley values of the 16 sets, no image being worth 0.5."""
-    patients = [cases_of(folds, [0.5] * len(folds), number).of_patients() for number in range(1, NUM_SETS)]
-    full = patients[-1]
-    assert all(len(own.label) == len(full.label) for own in patients), "Expected every patient in every set"
-    scores = np.stack([own.probability for own in patients], 1)  # (patients, 15)
+    label, scores = scores_of_sets(folds)
 
     def values(chosen: Ints) -> Floats:
-        labels = full.label[chosen]
-        return shapley_values(np.array([0.5, *(roc_auc(labels, scores[chosen, k]) for k in range(NUM_SETS - 1))]))
+        return shapley_values(np.array([roc_auc(label[chosen], scores[chosen, k]) for k in range(NUM_SETS)]))
 
     def of_magnification(m: int) -> Callable[[Ints], float]:
         return lambda chosen: float(values(chosen)[m])
 
     count = min(settings.bootstrap_resamples, 500)
     return [
-        bootstrap_interval(of_magnification(m), len(full.label), count, settings.confidence, settings.seed)
+        bootstrap_interval(of_magnification(m), len(label), count, settings.confidence, settings.seed)
         for m in range(len(MAGNIFICATIONS))
     ]

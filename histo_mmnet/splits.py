@@ -7,6 +7,7 @@ every official trial; folds over accessions do not, as far as an accession is a 
 import csv
 import dataclasses
 import io
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -72,8 +73,10 @@ def folds(names: Iterable[ImageName], unit: Unit, num_folds: int, seed: int) -> 
         splitter = StratifiedGroupKFold(num_folds, shuffle=True, random_state=state)
         subtypes = [name.subtype for name in ordered]
         found: dict[str, int] = {}
-        for fold, (_, tested) in enumerate(splitter.split(np.zeros(len(ordered)), subtypes, units)):
-            found |= {units[at]: fold for at in tested}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of subtypes rarer than folds
+            for fold, (_, tested) in enumerate(splitter.split(np.zeros(len(ordered)), subtypes, units)):
+                found |= {units[at]: fold for at in tested}
         uneven = unevenness(found, tumours, num_folds)
         if uneven < least:
             best, least = found, uneven

@@ -252,3 +252,19 @@ def test_a_state_is_a_function_of_its_config(small: Config) -> None:
         other = begin(changed(small, "train.seed=3"), mmnet_of(0), device).model.state_dict()
     assert not differing(one, two, "") and differing(one, other, "")
     assert dataclasses.asdict(small) == dataclasses.asdict(copy.deepcopy(small))
+
+
+@pytest.mark.slow
+def test_training_and_evaluation_run_on_real_images(
+    real_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """42 images of 19 patients, most without some magnification: too few for a figure, enough for every path of the code."""
+    words = [
+        "data.source=files", f"data.root={real_data / 'histo' / 'breakhis_500px'}", "split.num_folds=3", "train.epochs=1",
+        "data.image_size=[64,96]", "train.single_magnifications=false", f"run.root={tmp_path}", "run.name=real",
+    ]  # fmt: skip
+    code, out, problems = said(main, words, capsys)
+    assert code == 0 and "23 slides, 42 images; BreakHis as published has 82 and 7,909" in out, problems
+    code, out, problems = said(eval_main, [*words, "--all"], capsys)
+    assert code == 0 and "patients (19)" in out, problems
+    assert len(list((tmp_path / "real" / "gradcam").glob("*.png"))) == 6
