@@ -10,7 +10,7 @@ import numpy.typing as npt
 from PIL import Image as Pictures
 
 from common.logbook import progress
-from histo_mmnet.colours import Floats, colour_numbers, nearest, read_picture
+from histo_mmnet.colours import Floats, colour_numbers, nearest, read_picture, standardised
 from histo_mmnet.names import ImageName
 from histo_mmnet.splits import Trial, shared_units
 
@@ -50,9 +50,7 @@ def pictured(paths: dict[ImageName, Path]) -> Pictured:
         digests.append(hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest())
         thumbnails.append(thumbnail(pixels))
         colours.append(colour_numbers(pixels))
-    table = np.array(colours).reshape(len(names), 18)
-    deviation = table.std(0) if names else np.ones(18)
-    table = (table - table.mean(0)) / np.where(deviation > 0, deviation, 1) if names else table
+    table = standardised(np.array(colours)) if names else np.zeros((0, 18))
     return Pictured(names, digests, np.array(thumbnails, np.float32).reshape(len(names), len(FLIPS), -1), table)
 
 

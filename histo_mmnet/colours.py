@@ -51,8 +51,13 @@ def colour_numbers(pixels: npt.NDArray[np.uint8]) -> Floats:
 
 
 def colour_table(paths: Iterable[Path], number: int) -> Floats:
-    """The colour numbers of `number` files, (number, 18), each column with mean 0 and deviation 1 over the files."""
-    rows = np.array([colour_numbers(read_picture(path)) for path in progress(paths, "reading colours", number, True)])
+    """The colour numbers of `number` files, (number, 18), standardised over the files."""
+    shown = progress(paths, "reading colours", number, True)
+    return standardised(np.array([colour_numbers(read_picture(path)) for path in shown]))
+
+
+def standardised(rows: Floats) -> Floats:
+    """Rows (n, 18) with mean 0 and deviation 1 in each column; a column of one value becomes 0."""
     deviation = rows.std(0)
     return np.asarray((rows - rows.mean(0)) / np.where(deviation > 0, deviation, 1), np.float64)
 

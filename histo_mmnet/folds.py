@@ -7,10 +7,12 @@ import torch
 import torch.distributed as dist
 
 from common.errors import config_error
+from common.parallel import all_ranks_do
 from histo_mmnet.config import Config
 from histo_mmnet.dataset import Album, all_composites, slides_of
 from histo_mmnet.members import Member, build_network, count_trainable, mmnet_of
 from histo_mmnet.places import Collection, images_of
+from histo_mmnet.scan import Image
 from histo_mmnet.splits import Trial
 from histo_mmnet.trainer import Material, Record, best_of, train
 
@@ -29,9 +31,23 @@ def material_of(collection: Collection, trial: Trial, member: Member, album: Alb
     """What a member of a trial is trained and validated on."""
     roles = {role: images_of(collection, trial, role) for role in ("train", "val")}
     facts = [f"{role} {i.name.file} {i.path.stat().st_size}" for role, images in roles.items() for i in images]
+    for role, images in roles.items():
+        check_shows_both_classes(member, role, images)
     digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
     val = all_composites(slides_of(roles["val"]), member.magnifications)
     return Material(member, slides_of(roles["train"]), val, album, digest)
+
+
+def check_shows_both_classes(member: Member, role: str, images: list[Image]) -> None:
+    """A config error where a role has no image of a class at the magnifications that a member looks at."""
+    there = {image.name.label for image in images if image.name.magnification in member.magnifications}
+    verb = "train" if role == "train" else "validate"
+    if len(there) < 2:
+        missing = " or ".join(words for label, words in enumerate(("benign", "malignant")) if label not in there)
+        raise config_error(
+            f"fold {member.fold}: no {missing} image for {member.name} to {verb} on; expected some of both classes: fewer "
+            "folds, more images, or train.single_magnifications=false"
+        )
 
 
 def train_members(
@@ -41,8 +57,9 @@ def train_members(
     album = Album.of(config)
     trials = {trial.number: trial for trial in collection.trials}
     found: dict[Member, list[Record]] = {}
-    for member in members:
-        material = material_of(collection, trials[member.fold], member, album)
+    # all are looked at before the first is trained
+    materials = all_ranks_do(lambda: [material_of(collection, trials[m.fold], m, album) for m in members])
+    for member, material in zip(members, materials, strict=True):
         found[member] = train(material, config, folder, device)
         if dist.get_rank() == 0:
             print(line_of(member, found[member], material), flush=True)

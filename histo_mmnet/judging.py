@@ -10,7 +10,7 @@ import torch
 from common.errors import config_error
 from common.logbook import progress
 from common.metrics.classification import roc_auc
-from histo_mmnet.colours import colour_numbers, nearest, read_picture
+from histo_mmnet.colours import colour_table, nearest
 from histo_mmnet.config import Config
 from histo_mmnet.dataset import Album, Composite, all_composites, slides_of
 from histo_mmnet.evaluation import (
@@ -70,7 +70,7 @@ def judge_member(
     began = time.perf_counter()
     predictions = predict(network, composites, album, used, (ALL,) if member.prefix else range(1, NUM_SETS))
     patients = len({composite.slide.accession for composite in composites})
-    seconds = (time.perf_counter() - began) / patients
+    seconds = (time.perf_counter() - began) / max(1, patients)
     return FoldVerdict(member, validation, predictions, threshold_of([validation], set()), seconds)
 
 
@@ -184,9 +184,7 @@ def photographs_of(folds: list[FoldVerdict]) -> Cases:
 def colour_figures(collection: Collection, trials: list[Trial], config: Config) -> Figures:
     """The nearest neighbour by 18 colour numbers among a fold's other images; of photographs, and of patients by vote."""
     images = collection.images
-    rows = [colour_numbers(read_picture(i.path)) for i in progress(images, "reading colours", len(images), True)]
-    table = np.array(rows)
-    table = (table - table.mean(0)) / np.maximum(table.std(0), 1e-9)
+    table = colour_table([image.path for image in images], len(images))
     place = {image.name: at for at, image in enumerate(images)}
     label = np.array([image.name.label for image in images])
     found, tested = [], []

@@ -61,6 +61,8 @@ def predict(
 
     sets: numbers of those that are wanted; the others are NaN.
     """
+    if not composites:  # of one magnification a fold may have none
+        return Predictions([], np.zeros(0), np.zeros((0, NUM_SETS)), np.zeros((0, 4)))
     flips = FLIPS if config.evaluation.flips else FLIPS[:1]
     found = [_predict_flipped(network, composites, album, config, axes, sets) for axes in flips]
     logits, of_sets, importance = (np.mean([part[k] for part in found], 0) for k in range(3))

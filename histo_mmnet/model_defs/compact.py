@@ -58,7 +58,3 @@ class CompactMMNet(nn.Module):
         """explained of vectors (B, S, width), of which what is not present does not matter."""
         pooled, weight = self.pool(vectors, present)
         return self.head(pooled)[:, 0].float(), weight
-
-    def freeze_backbone(self) -> None:
-        """Train what is on top alone."""
-        self.extractors.requires_grad_(False)

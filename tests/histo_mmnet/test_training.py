@@ -105,13 +105,6 @@ def test_known_defect_6_accumulated_steps_are_those_of_a_large_batch(small: Conf
         torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-3)
 
 
-def test_clipping_comes_after_unscaling_and_before_the_step(small: Config) -> None:
-    """Known defect 2 clipped scaled gradients with a new scaler per epoch; one guarded update serves every task."""
-    from common import step
-
-    assert "unscale_" in Path(step.__file__).read_text().split("clip_grad_norm_")[0].rsplit("def ", 1)[1]
-
-
 def test_train_py_and_eval_py_from_end_to_end(
     small: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -263,7 +256,13 @@ def test_training_and_evaluation_run_on_real_images(
         "data.source=files", f"data.root={real_data / 'histo' / 'breakhis_500px'}", "split.num_folds=3", "train.epochs=1",
         "data.image_size=[64,96]", "train.single_magnifications=false", f"run.root={tmp_path}", "run.name=real",
     ]  # fmt: skip
-    code, out, problems = said(main, words, capsys)
+    code, out, problems = said(main, [*words, "train.single_magnifications=true"], capsys)
+    assert (
+        code == WRONG_CALL
+        and "image for 40X to validate on" in problems[0]
+        and "single_magnifications=false" in problems[0]
+    )
+    code, out, problems = said(main, [*words, "--fresh"], capsys)
     assert code == 0 and "23 slides, 42 images; BreakHis as published has 82 and 7,909" in out, problems
     code, out, problems = said(eval_main, [*words, "--all"], capsys)
     assert code == 0 and "patients (19)" in out, problems
