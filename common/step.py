@@ -1,4 +1,4 @@
-"""The fiddly parts of one optimizer step: precision, running statistics, the guarded and clipped update."""
+"""The fiddly parts of one optimizer step: running statistics, the guarded and clipped update."""
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +37,6 @@ class RunningStatistics:
         flat = sum_over_ranks(torch.cat([total.flatten() for total in self.sums])) / num_micro_batches
         for buffer, mean in zip(self.buffers, torch.split(flat, [b.numel() for b in self.buffers]), strict=True):
             buffer.copy_(mean.view_as(buffer))
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The forward pass's precision: float32, bfloat16, or float16 (with a scaled loss)."""
-    return torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32")
 
 
 def agree_on_step(losses: Tensor, names: list[str], stop_asked: bool) -> tuple[float, bool]:

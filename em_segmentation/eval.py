@@ -31,7 +31,7 @@ from common.memory import keep_freed_memory
 from common.parallel import process_group
 from common.volumes.opening import split_location
 from em_segmentation.config import PRESETS, Config, Data
-from em_segmentation.inference import load_model, rounding_cost, working_copy
+from em_segmentation.inference import inference_precision, load_model, rounding_cost, working_copy
 from em_segmentation.judging import check_judged, judge, predict_role
 from em_segmentation.model_defs.registry import SegmentationModel
 from em_segmentation.pages import summary, write_pages
@@ -123,7 +123,8 @@ def test(config: Config, folder: Path, checkpoint: Path | None) -> int:
 
 def tell(model: SegmentationModel, volume: Annotated, config: Config) -> None:
     """What the working precision costs."""
-    if config.inference.precision != "32":
+    device = next(model.parameters()).device
+    if inference_precision(config.inference.precision, device) != "float32":
         cost = rounding_cost(model, volume.image, volume.scale, config)
         words = f"changes probabilities by at most {cost:.4f} (middle of {volume.image.path.name})"
         print(f"{config.inference.precision} {words}", flush=True)

@@ -17,6 +17,7 @@ from common.checkpoint import load_checkpoint, load_weights
 from common.config import restore
 from common.convolution import channels_last
 from common.errors import config_error, data_error
+from common.precision import working_precision
 from common.tiling import Box, balanced_tile, blended_planes, exact_tiles, window_starts
 from common.volumes.volume import Volume
 from em_segmentation.config import BASE, Config, Targets
@@ -42,12 +43,20 @@ def load_model(path: Path, device: torch.device) -> tuple[SegmentationModel, Con
 
 
 def working_copy(model: SegmentationModel, precision: str) -> SegmentationModel:
-    """The model as it runs fastest: norms in the convolutions, and in bfloat16 weights of 8 bits of mantissa."""
+    """The model as it runs fastest: norms in the convolutions, and in bfloat16 weights of 8 bits of mantissa.
+
+    float32 where the model's device has no bfloat16.
+    """
     fast = copy.deepcopy(model)
     for module in fast.modules():
         if isinstance(module, ResidualModule | MergeModule):
             module.absorb_norms()
-    return fast.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    return fast.to(getattr(torch, inference_precision(precision, next(model.parameters()).device)))
+
+
+def inference_precision(name: str, device: torch.device) -> str:
+    """torch's name of the type that inference.precision means on a device."""
+    return working_precision({"32": "float32", "bf16": "bfloat16"}[name], device)
 
 
 def written_channels(settings: Targets) -> dict[str, slice]:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from common.step import autocast
+from common.precision import autocast
 from em_segmentation.augmentation import Patch
 from em_segmentation.config import Config, Targets
 from em_segmentation.losses import deep_supervision_loss, target_loss

@@ -41,7 +41,7 @@ from common.volumes.streaming import partial_folder
 from common.volumes.volume import Volume
 from em_segmentation.class_maps import classes_identity, components_of, write_classes
 from em_segmentation.config import BASE, Config
-from em_segmentation.inference import load_model, rounding_cost, working_copy, written_channels
+from em_segmentation.inference import inference_precision, load_model, rounding_cost, working_copy, written_channels
 from em_segmentation.model_defs.registry import SegmentationModel
 from em_segmentation.places import training_identity
 from em_segmentation.prediction import (
@@ -247,10 +247,11 @@ def tell(model: SegmentationModel, source: Source, config: Config) -> None:
     inference = config.inference
     names = ", ".join(f"{name} {part.start}:{part.stop}" for name, part in written_channels(config.targets).items())
     print(f"{source.image.path}: {list(source.shape)} voxels of {list(source.voxel_size_nm)} nm; channels {names}")
-    print(f"{inference.tiling} tiles, precision {inference.precision}, test-time augmentation {inference.tta}")
-    if inference.precision != "32":
+    working = inference_precision(inference.precision, next(model.parameters()).device)
+    print(f"{inference.tiling} tiles, precision {working}, test-time augmentation {inference.tta}")
+    if working != "float32":
         cost = rounding_cost(model, source.image, source.scale, config)
-        print(f"{inference.precision} changes probabilities by at most {cost:.4f} (middle of the volume)", flush=True)
+        print(f"{working} changes probabilities by at most {cost:.4f} (middle of the volume)", flush=True)
 
 
 def main(arguments: list[str]) -> int:

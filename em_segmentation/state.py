@@ -15,11 +15,13 @@ from common.config import as_yaml
 from common.errors import config_error
 from common.files import parsing
 from common.logbook import write_metrics
+from common.precision import working_precision
 from em_segmentation.config import Config
 from em_segmentation.dataset import Volumes
 from em_segmentation.inference import check_tiling
 from em_segmentation.initial_weights import load_initial_weights
 from em_segmentation.model_defs.registry import KIND, SegmentationModel, build_model
+from em_segmentation.objective import PRECISIONS
 from em_segmentation.places import training_identity
 from em_segmentation.schedule import Record, ranked, total_steps
 
@@ -84,7 +86,8 @@ def check_precision(model: SegmentationModel, config: Config, device: torch.devi
     """A config error where torch's own bfloat16 convolutions would give wrong gradients on a CPU."""
     own = [module for module in model.modules() if type(module) is torch.nn.Conv3d]
     plain = any(module.kernel_size != module.stride for module in own)
-    if plain and device.type == "cpu" and config.training.precision == "bf16-mixed":
+    working = working_precision(PRECISIONS[config.training.precision], device)
+    if plain and device.type == "cpu" and working == "bfloat16":
         raise config_error(
             f"training.precision: {config.model.architecture} has torch's Conv3d, whose bfloat16 gradients are wrong on a "
             "CPU; give training.precision=32, or build it of em_segmentation.model_defs.convolution.Conv3d"

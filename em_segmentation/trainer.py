@@ -21,13 +21,14 @@ from common.interrupt import StopRequest, ignore_interrupts, stop_on_signal
 from common.loading import lost_readers_told, next_batch
 from common.logbook import Scalars, progress
 from common.parallel import all_ranks_do, check_same_step, first_rank_does, met_by_all
+from common.precision import tell_precision
 from common.step import RunningStatistics, agree_on_step, guarded_update
 from common.streams import micro_batches, seed_dropout
 from em_segmentation.augmentation import Patch, augmented
 from em_segmentation.config import Config
 from em_segmentation.dataset import Volumes, check_stream, patch_stream, stack, to_device
 from em_segmentation.model_defs.registry import SegmentationModel
-from em_segmentation.objective import training_loss
+from em_segmentation.objective import PRECISIONS, training_loss
 from em_segmentation.schedule import Record, ends_early, learning_rate_share, total_steps
 from em_segmentation.state import State, keep_best, resume, save
 from em_segmentation.validation import num_readers, validate, validation_loader
@@ -157,6 +158,7 @@ def announce(model: SegmentationModel, volumes: Volumes, config: Config, device:
     where = f"{dist.get_world_size()} x {device.type}"
     steps = f"{config.training.max_epochs} epochs of {config.training.steps_per_epoch} steps"
     print(f"{info['architecture']}, {info['parameters']:,} parameters; {counts}; {steps}; {where}", flush=True)
+    tell_precision(PRECISIONS[config.training.precision], device)
     if not volumes.val:
         print("no validation volumes: the last weights are best, and monitors are ignored", flush=True)
 

@@ -19,6 +19,7 @@ class Data:
     )
     image_size: tuple[int, int] = (224, 224)  # pixels y, x; 700 x 460 is squeezed, as the original does
     normalisation: Literal["none", "macenko", "reinhard"] = "none"  # of the stain of every image
+    nesting: bool = True  # composites show fields that lie inside each other, where photographs tell
     use_cache: bool = True  # resized images stay in memory: 150 kB each, 1.2 GB for BreakHis
 
     def problems(self) -> Iterator[str]:

@@ -34,7 +34,7 @@ from histo_mmnet.folds import chosen_trials
 from histo_mmnet.judging import judge
 from histo_mmnet.members import mmnet_of
 from histo_mmnet.pages import Asked, summary, write_pages
-from histo_mmnet.places import collect, run_folder, training_identity
+from histo_mmnet.places import collect, run_folder, training_identity, with_nesting
 from histo_mmnet.predictions import load_member
 from histo_mmnet.results import write_results
 from histo_mmnet.splits import Trial
@@ -89,6 +89,7 @@ def main(arguments: list[str]) -> int:
         check_same_run(config, folder, trials)
         if (folder / "results" / "metrics.json").exists():
             print("note: these patients were judged before; the best of several looks is not an honest figure")
+        collection = with_nesting(collection, config, folder)
         verdict = judge(collection, trials, config, folder, device)
         results = write_results(verdict, trials, folder)
         written = write_pages(verdict, results, asked, config, folder, device)

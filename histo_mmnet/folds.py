@@ -8,11 +8,13 @@ import torch.distributed as dist
 
 from common.errors import config_error
 from common.parallel import all_ranks_do
+from common.precision import tell_precision
+from histo_mmnet.composites import all_composites
 from histo_mmnet.config import Config
-from histo_mmnet.dataset import Album, all_composites, slides_of
 from histo_mmnet.members import Member, build_network, count_trainable, mmnet_of
-from histo_mmnet.places import Collection, images_of
+from histo_mmnet.places import Collection, images_of, slides_of_role
 from histo_mmnet.scan import Image
+from histo_mmnet.slides import Album
 from histo_mmnet.splits import Trial
 from histo_mmnet.trainer import Material, Record, best_of, train
 
@@ -34,8 +36,8 @@ def material_of(collection: Collection, trial: Trial, member: Member, album: Alb
     for role, images in roles.items():
         check_shows_both_classes(member, role, images)
     digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
-    val = all_composites(slides_of(roles["val"]), member.magnifications)
-    return Material(member, slides_of(roles["train"]), val, album, digest)
+    val = all_composites(slides_of_role(collection, trial, "val"), member.magnifications)
+    return Material(member, slides_of_role(collection, trial, "train"), val, album, digest)
 
 
 def check_shows_both_classes(member: Member, role: str, images: list[Image]) -> None:
@@ -89,5 +91,6 @@ def announce(config: Config, collection: Collection, device: torch.device) -> No
         f"{len(collection.trials)} folds by {config.split.protocol}; {dist.get_world_size()} x {device.type}",
         flush=True,
     )
+    tell_precision(config.train.precision, device)
     if config.split.protocol != "accession":
         print(f"warning: split.protocol={config.split.protocol} has patients on both sides; leaks.py tells how many")

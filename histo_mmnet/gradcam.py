@@ -19,16 +19,18 @@ from torch import Tensor, nn
 from common.errors import config_error
 from common.figures import save_figure
 from common.files import write_text
-from common.step import autocast
+from common.precision import autocast
 from common.streams import random_for
 from histo_mmnet.augmentation import prepared
+from histo_mmnet.composites import Composite
 from histo_mmnet.config import Config
-from histo_mmnet.dataset import Album, Composite, stacked
+from histo_mmnet.dataset import stacked
 from histo_mmnet.judging import FoldVerdict, Verdict
 from histo_mmnet.members import Network
 from histo_mmnet.names import MAGNIFICATIONS
 from histo_mmnet.predictions import load_member, probability
 from histo_mmnet.results import as_csv
+from histo_mmnet.slides import Album
 from histo_mmnet.trainer import Files
 
 STEPS = 10  # of taking away and putting back
@@ -127,7 +129,7 @@ def decision_curves(
 def explain(network: Network, composite: Composite, album: Album, config: Config, seed: int) -> Explained:
     """Maps and faithfulness of one composite."""
     device, precision = next(network.parameters()).device, config.train.precision
-    batch = stacked(list(composite.paths), album, composite.slide.label, 0).mapped(lambda part: part.to(device))
+    batch = stacked(composite.paths, album, composite.slide.label, 0).mapped(lambda part: part.to(device))
     images = prepared(batch)
     maps, logit = activation_maps(
         network, images, batch.magnification, batch.present, config.evaluation.gradcam_layer, precision

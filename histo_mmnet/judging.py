@@ -11,8 +11,8 @@ from common.errors import config_error
 from common.logbook import progress
 from common.metrics.classification import roc_auc
 from histo_mmnet.colours import colour_table, nearest
+from histo_mmnet.composites import Composite, all_composites
 from histo_mmnet.config import Config
-from histo_mmnet.dataset import Album, Composite, all_composites, slides_of
 from histo_mmnet.evaluation import (
     Cases,
     Figures,
@@ -26,8 +26,9 @@ from histo_mmnet.evaluation import (
 )
 from histo_mmnet.members import Member, baselines_of, mmnet_of
 from histo_mmnet.names import MAGNIFICATIONS
-from histo_mmnet.places import Collection, images_of
+from histo_mmnet.places import Collection, slides_of_role
 from histo_mmnet.predictions import ALL, NUM_SETS, Predictions, load_member, predict, probability
+from histo_mmnet.slides import Album
 from histo_mmnet.splits import Trial
 from histo_mmnet.trainer import Files
 
@@ -84,7 +85,7 @@ def with_pooled_thresholds(folds: list[FoldVerdict]) -> list[FoldVerdict]:
 
 
 def composites_of(collection: Collection, trial: Trial, member: Member, role: str) -> list[Composite]:
-    return all_composites(slides_of(images_of(collection, trial, role)), member.magnifications)
+    return all_composites(slides_of_role(collection, trial, role), member.magnifications)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from common.losses import focal_loss_with_logits
-from common.step import autocast
+from common.precision import autocast
 from common.streams import random_for
 from histo_mmnet.config import Loss
 from histo_mmnet.members import Network

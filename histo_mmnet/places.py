@@ -8,7 +8,9 @@ from common.config import as_yaml, fingerprint
 from common.errors import config_error
 from data.phantoms.histo import write_phantom
 from histo_mmnet.config import Config, Split
+from histo_mmnet.nesting import nesting_of, read_nesting, write_nesting
 from histo_mmnet.scan import Image, counts_of, differences, find_breast, published_counts, scan, without_doubled
+from histo_mmnet.slides import Album, Nesting, Slide, slides_of
 from histo_mmnet.splits import Trial, fold_trials, read_official
 
 SHAPING = ("data", "phantom", "split", "model", "augment", "loss", "train")
@@ -22,6 +24,7 @@ class Collection:
     images: list[Image]
     trials: list[Trial]
     told: list[str]  # what a user should know of them
+    nesting: Nesting  # which photograph lies inside which
 
 
 def find_images(config: Config) -> tuple[list[Image], list[str]]:
@@ -44,7 +47,7 @@ def collect(config: Config) -> Collection:
     trials = trials_of(images, config.split)
     for trial in trials:
         check_classes(trial)
-    return Collection(images, trials, told)
+    return Collection(images, trials, told, {})
 
 
 def trials_of(images: list[Image], split: Split) -> list[Trial]:
@@ -82,6 +85,22 @@ def images_of(collection: Collection, trial: Trial, role: str) -> list[Image]:
     """The images of a role of a trial, sorted."""
     wanted = {name for name, own in zip(trial.names, trial.roles, strict=True) if own == role}
     return [image for image in collection.images if image.name in wanted]
+
+
+def slides_of_role(collection: Collection, trial: Trial, role: str) -> list[Slide]:
+    """The slides of a role of a trial."""
+    return slides_of(images_of(collection, trial, role), collection.nesting)
+
+
+def with_nesting(collection: Collection, config: Config, folder: Path) -> Collection:
+    """The collection with which photograph lies inside which, as a run's nesting.csv says; made where it is missing."""
+    if not config.data.nesting:
+        return collection
+    path = folder / "nesting.csv"
+    if not path.exists():
+        slides = slides_of(collection.images, {})
+        write_nesting(path, nesting_of(slides, Album.of(config)))
+    return dataclasses.replace(collection, nesting=read_nesting(path, collection.images))
 
 
 def training_identity(config: Config) -> str:

@@ -29,13 +29,15 @@ from common.files import write_text
 from common.logbook import progress
 from common.memory import keep_freed_memory
 from common.parallel import inference_device
+from histo_mmnet.composites import all_composites
 from histo_mmnet.config import PRESETS, Config
-from histo_mmnet.dataset import Album, Slide, all_composites, slides_of
 from histo_mmnet.members import mmnet_of
 from histo_mmnet.names import MAGNIFICATIONS
+from histo_mmnet.nesting import nesting_of
 from histo_mmnet.predictions import ALL, load_member, predict, probability
 from histo_mmnet.results import as_csv, fold_thresholds
 from histo_mmnet.scan import find_breast, scan
+from histo_mmnet.slides import Album, Slide, slides_of
 from histo_mmnet.splits import Trial, read_split
 from histo_mmnet.trainer import Files
 
@@ -95,7 +97,10 @@ def main(arguments: list[str]) -> int:
         raise config_error(f"--output: expected a .csv file, got {flags.output}")
     keep_freed_memory()
     trials, limits = read_split(flags.run / "split.csv"), fold_thresholds(flags.run)
-    slides = slides_of(scan(find_breast(flags.input)))
+    images = scan(find_breast(flags.input))
+    slides = slides_of(images, {})
+    if config.data.nesting:
+        slides = slides_of(images, nesting_of(slides, Album.of(config)))
     of = slide_probabilities(flags.run, [t for t in trials if t.number in limits], slides, config, inference_device())
     missing = [slide.name for slide in slides if slide.name not in of]
     if missing:

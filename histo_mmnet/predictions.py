@@ -16,13 +16,14 @@ from torch import Tensor
 from common.checkpoint import load_checkpoint, load_weights
 from common.config import restore
 from common.errors import data_error
-from common.step import autocast
+from common.precision import autocast
 from histo_mmnet.augmentation import standardised
+from histo_mmnet.composites import Composite
 from histo_mmnet.config import BREAKHIS, Config
-from histo_mmnet.dataset import Album, Composite
 from histo_mmnet.members import KIND, Member, Network, build_network
 from histo_mmnet.model_defs.mmnet import MMNet
 from histo_mmnet.names import MAGNIFICATIONS
+from histo_mmnet.slides import Album
 
 Floats = npt.NDArray[np.float64]
 NUM_SETS = 2 ** len(MAGNIFICATIONS)  # of magnifications, by bits: bit m is MAGNIFICATIONS[m]; 0 is the empty one

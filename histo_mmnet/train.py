@@ -33,7 +33,7 @@ from common.parallel import all_ranks_do, first_rank_does, process_group
 from histo_mmnet.config import PRESETS, Config
 from histo_mmnet.folds import announce, chosen_trials, train_members
 from histo_mmnet.members import Member, baselines_of, mmnet_of
-from histo_mmnet.places import Collection, collect, find_images, run_folder, training_identity
+from histo_mmnet.places import Collection, collect, find_images, run_folder, training_identity, with_nesting
 from histo_mmnet.splits import Trial, write_split
 from histo_mmnet.trainer import check_hardware
 
@@ -67,9 +67,10 @@ def train_script(description: str, choose: Choose, arguments: list[str]) -> int:
         if flags.fresh:  # only now: a wrong path or fold must not cost the finished run
             first_rank_does(lambda: clear_run(folder))
         first_rank_does(lambda: begin_run(config, folder, collection))
+        nested = all_ranks_do(lambda: with_nesting(collection, config, folder))
         if dist.get_rank() == 0:
             announce(config, collection, device)
-        train_members(choose(trials, config), collection, config, folder, device)
+        train_members(choose(trials, config), nested, config, folder, device)
         if dist.get_rank() == 0:
             print(f"run: {folder}", f"weights: {folder / 'models'}", f"split: {folder / 'split.csv'}", sep="\n")
     return 0
@@ -84,6 +85,7 @@ def begin_run(config: Config, folder: Path, collection: Collection) -> None:
     """The run's folder with its config, and who is tested when."""
     open_run(folder, config, training_identity(config), [sys.executable, *sys.argv])
     write_split(folder / "split.csv", collection.trials)
+    with_nesting(collection, config, folder)  # made by one process, read by all
 
 
 if __name__ == "__main__":

@@ -39,11 +39,13 @@ from common.schedule import num_plateaus, num_since_best
 from common.step import RunningStatistics, agree_on_step, guarded_update
 from common.streams import micro_batches, seed_dropout
 from histo_mmnet.augmentation import augmented
+from histo_mmnet.composites import Composite
 from histo_mmnet.config import Config
-from histo_mmnet.dataset import Album, Batch, Composite, CompositeStream, Slide, stack
+from histo_mmnet.dataset import Batch, CompositeStream, stack
 from histo_mmnet.losses import mixed, training_loss
 from histo_mmnet.members import KIND, Member, Network, build_network
 from histo_mmnet.places import training_identity
+from histo_mmnet.slides import Album, Slide
 from histo_mmnet.validation import micro_batch_size, validate
 
 Record = dict[str, float]

@@ -11,11 +11,13 @@ from common.loading import next_batch
 from common.losses import focal_loss_with_logits
 from common.metrics.classification import confusion, roc_auc
 from common.parallel import gather_objects
-from common.step import autocast
+from common.precision import autocast
 from histo_mmnet.augmentation import prepared
+from histo_mmnet.composites import Composite
 from histo_mmnet.config import Config
-from histo_mmnet.dataset import Album, Composite, CompositeList, stack
+from histo_mmnet.dataset import CompositeList, stack
 from histo_mmnet.members import Network
+from histo_mmnet.slides import Album
 
 Floats = npt.NDArray[np.float64]
 

@@ -19,6 +19,7 @@ from common.blocks import PreActResBlock
 from common.checkpoint import load_checkpoint, load_weights
 from common.config import restore
 from common.errors import config_error, data_error
+from common.precision import tell_precision, working_precision
 from common.tiling import Box, Triple, balanced_tile, cube, exact_tiles, output_shape, run_blended, run_exactly
 from motor_detection.config import KAGGLE, Config
 from motor_detection.intensity import Intensity, measure_intensity, to_bytes
@@ -77,16 +78,16 @@ def check_unseen(path: Path, roles: tuple[str, ...], tomograms: list[LabelledTom
 
 
 def working_copy(model: MotorIdentifier, precision: str) -> MotorIdentifier:
-    """The model in the precision it runs fastest in.
+    """The model in the precision it runs fastest in: float32 where the model's device has no bfloat16.
 
     In bfloat16 norms are part of the convolutions before them and all weights are rounded to 8 bits of mantissa.
     """
-    fast = copy.deepcopy(model)
-    if precision != "float32":
+    fast, working = copy.deepcopy(model), working_precision(precision, model.stem.weight.device)
+    if working != "float32":
         for module in fast.modules():
             if isinstance(module, PreActResBlock):
                 module.absorb_norms()
-    return fast.to(getattr(torch, precision))
+    return fast.to(getattr(torch, working))
 
 
 @torch.inference_mode()
@@ -217,7 +218,8 @@ def rounding_cost(model: MotorIdentifier, tomogram: Tomogram, config: Config, de
 
 def tell_rounding(model: MotorIdentifier, tomogram: Tomogram, config: Config, device: torch.device) -> None:
     """Print what the working precision costs in accuracy, where it is not float32."""
-    if config.inference.precision != "float32":
+    tell_precision(config.inference.precision, device)
+    if working_precision(config.inference.precision, device) != "float32":
         cost = rounding_cost(model, tomogram, config, device)
         print(f"{config.inference.precision} changes scores by at most {cost:.4f} (crop of {tomogram.tomo_id})")
 

@@ -35,8 +35,9 @@ from common.interrupt import StopRequest, ignore_interrupts, stop_on_signal
 from common.loading import lost_readers_told, next_batch
 from common.logbook import Scalars, progress, write_metrics
 from common.parallel import all_ranks_do, check_same_step
+from common.precision import autocast
 from common.schedule import warmup_then_cosine
-from common.step import RunningStatistics, agree_on_step, autocast, guarded_update
+from common.step import RunningStatistics, agree_on_step, guarded_update
 from common.streams import micro_batches, seed_dropout
 from motor_detection.augmentation import augmented_batch
 from motor_detection.config import Config, Model

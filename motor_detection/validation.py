@@ -13,7 +13,7 @@ from common.loading import next_batch
 from common.metrics.detection import ScoredTomogram, average_precision, precision_recall_curve
 from common.metrics.heatmaps import comprehensive_heatmap_metric, peak_sharpness, soft_dice_score, topk_accuracy
 from common.parallel import all_ranks_do, gather_objects
-from common.step import autocast
+from common.precision import autocast
 from motor_detection.augmentation import plain_batch
 from motor_detection.config import Config
 from motor_detection.dataset import Patches, PatchList, Sample, stack, to_device

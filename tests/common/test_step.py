@@ -12,7 +12,7 @@ from torch.amp import GradScaler
 
 from common.errors import BAD_DATA, UserError
 from common.parallel import process_group
-from common.step import RunningStatistics, agree_on_step, autocast, guarded_update
+from common.step import RunningStatistics, agree_on_step, guarded_update
 
 NO_SCALER = GradScaler("cpu", enabled=False)
 
@@ -104,12 +104,6 @@ def test_every_micro_batch_starts_from_the_buffers_of_the_beginning() -> None:
 
 def test_a_network_without_buffers_needs_nothing() -> None:
     step_in_parts([torch.ones(2, 3)])(nn.Linear(3, 3))
-
-
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_autocast_computes_in_the_named_precision(precision: str) -> None:
-    with autocast(torch.device("cpu"), precision):
-        assert nn.Linear(3, 3)(torch.ones(2, 3)).dtype == getattr(torch, precision)
 
 
 @dataclasses.dataclass

@@ -1,5 +1,6 @@
 """A run of seconds on a small phantom, and what the tests do with it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,12 @@ def small_config(folder: Path) -> Config:
         "loss.mixup_alpha=0.4", "loss.focal_gamma=2", "loss.label_smoothing=0.1", "train.single_magnifications=false",
         "train.patience=0", f"run.root={folder}", "run.name=run",
     )  # fmt: skip
+
+
+def records_of(breast: Path) -> dict[str, dict[str, Any]]:
+    """What a phantom's files show, by name."""
+    folder = breast.parents[1] / "truth"
+    return {row["file"]: row for path in folder.glob("*.json") for row in json.loads(path.read_text())}
 
 
 def changed(config: Config, *words: str) -> Config:

@@ -14,11 +14,13 @@ from data.phantoms.histo import accessions, simulate_accession, write_phantom
 from data.phantoms.histo_scene import RATIO
 from data.phantoms.histo_settings import HistoPhantom
 from histo_mmnet.augmentation import augmented, blurred, draw, into_slots, prepared, turned
+from histo_mmnet.composites import all_composites
 from histo_mmnet.config import PHANTOM, Augment
-from histo_mmnet.dataset import Album, Batch, CompositeList, CompositeStream, Slide, all_composites, slides_of, stack
+from histo_mmnet.dataset import Batch, CompositeList, CompositeStream, stack
 from histo_mmnet.losses import composite_loss, mixed
 from histo_mmnet.names import MAGNIFICATIONS, image_name
 from histo_mmnet.scan import scan
+from histo_mmnet.slides import Album, Slide, slides_of
 
 SMALL = HistoPhantom(benign_accessions=3, malignant_accessions=4, sites=(2, 3), size=(38, 58))
 QUIET = Augment(flips=0.0, rotation_degrees=0.0, brightness=0.0, contrast=0.0, saturation=0.0, blur=0.0, stain=0.0,
@@ -32,7 +34,7 @@ def breast(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def slides(breast: Path) -> list[Slide]:
-    return slides_of(scan(breast))
+    return slides_of(scan(breast), {})
 
 
 @pytest.fixture
@@ -160,7 +162,7 @@ def test_a_patient_without_one_magnification(slides: list[Slide], album: Album) 
 def test_an_unreadable_image_is_named(tmp_path: Path, slides: list[Slide], album: Album) -> None:
     broken = tmp_path / "SOB_B_A-14-1-40-001.png"
     broken.write_bytes(b"\x89PNG\r\n\x1a\n cut off")
-    slide = Slide("SOB_B_A_14-1", "14-1", 0, {40: (broken,)})
+    slide = Slide("SOB_B_A_14-1", "14-1", 0, {40: (broken,)}, {})
     item = CompositeList(all_composites([slide], MAGNIFICATIONS), album)[0]
     assert isinstance(item, UserError) and item.exit_code == BAD_DATA and str(broken) in item.problems[0]
     stacked = stack([CompositeList(all_composites(slides[:1], MAGNIFICATIONS), album)[0], item])

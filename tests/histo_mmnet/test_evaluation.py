@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from histo_mmnet.composites import Composite
 from histo_mmnet.config import Evaluation
-from histo_mmnet.dataset import Composite, Slide
 from histo_mmnet.evaluation import (
     Cases,
     cases_of,
@@ -21,6 +21,7 @@ from histo_mmnet.evaluation import (
 from histo_mmnet.names import MAGNIFICATIONS
 from histo_mmnet.predictions import ALL, NUM_SETS, Predictions
 from histo_mmnet.shapley import shapley_values
+from histo_mmnet.slides import Slide
 
 SETTINGS = Evaluation(bootstrap_resamples=200)
 
@@ -29,7 +30,7 @@ def predictions(labels: list[int], counts: list[int], logits: np.ndarray, of_set
     """Composites of patients one after another, so many each."""
     composites = []
     for patient, (label, count) in enumerate(zip(labels, counts, strict=True)):
-        slide = Slide(f"slide {patient}", f"14-{patient:03d}", label, {40: (Path("a.png"),)})
+        slide = Slide(f"slide {patient}", f"14-{patient:03d}", label, {40: (Path("a.png"),)}, {})
         composites += [Composite(slide, (Path("a.png"), None, None, None))] * count
     return Predictions(composites, logits, of_sets, np.full((len(logits), 4), np.nan))
 

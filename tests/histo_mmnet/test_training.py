@@ -15,13 +15,13 @@ from common.logbook import read_metrics
 from common.parallel import process_group
 from histo_mmnet.comparison import patients_of
 from histo_mmnet.config import Config
-from histo_mmnet.dataset import Album
 from histo_mmnet.eval import main as eval_main
 from histo_mmnet.folds import material_of
 from histo_mmnet.members import Member, mmnet_of
 from histo_mmnet.places import collect
 from histo_mmnet.predict import main as predict_main
 from histo_mmnet.predictions import load_member
+from histo_mmnet.slides import Album
 from histo_mmnet.train import main
 from histo_mmnet.trainer import Files, Record, begin, best_of, ends_early, learning_rate, train
 from histo_mmnet.validation import validate
