@@ -24,6 +24,7 @@ from histo_mmnet.members import KIND, Member, Network, build_network
 from histo_mmnet.model_defs.mmnet import MMNet
 from histo_mmnet.names import MAGNIFICATIONS
 from histo_mmnet.slides import Album
+from histo_mmnet.validation import check_finite
 
 Floats = npt.NDArray[np.float64]
 NUM_SETS = 2 ** len(MAGNIFICATIONS)  # of magnifications, by bits: bit m is MAGNIFICATIONS[m]; 0 is the empty one
@@ -67,6 +68,7 @@ def predict(
     flips = FLIPS if config.evaluation.flips else FLIPS[:1]
     found = [_predict_flipped(network, composites, album, config, axes, sets) for axes in flips]
     logits, of_sets, importance = (np.mean([part[k] for part in found], 0) for k in range(3))
+    check_finite(logits, composites)
     return Predictions(composites, logits, of_sets, importance)
 
 

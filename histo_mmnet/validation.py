@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Subset
 
+from common.errors import data_error
 from common.interrupt import ignore_interrupts
 from common.loading import next_batch
 from common.losses import focal_loss_with_logits
@@ -42,7 +43,19 @@ def composite_logits(network: Network, composites: list[Composite], album: Album
             logits = network(prepared(batch), batch.magnification, batch.present)
         found[batch.index.cpu().numpy()] = logits.double().cpu().numpy()
     total: Floats = np.sum(gather_objects(found), axis=0)
+    check_finite(total, composites)
     return total
+
+
+def check_finite(logits: Floats, composites: list[Composite]) -> None:
+    """A data error where a network says nothing of a composite: a figure without it would be of other patients."""
+    lost = [composite for composite, logit in zip(composites, logits, strict=True) if not np.isfinite(logit)]
+    if lost:
+        shown = ", ".join(path.name for path in lost[0].paths if path is not None)
+        raise data_error(
+            f"the network gives no number for {len(lost)} of {len(composites)} composites, the first of {shown}; it diverged: "
+            "lower train.learning_rate, or train with train.precision=float32"
+        )
 
 
 def micro_batch_size(config: Config, device: torch.device) -> int:
