@@ -26,7 +26,9 @@ from motor_detection.inference import SlabCache, heatmap_logits, working_copy
 from motor_detection.intensity import measure_intensity
 from motor_detection.tomograms import Tomogram
 from motor_detection.trainer import begin
+from tests.hardware import COMPUTES_BFLOAT16, DEFAULT
 
+TIMES_FASTER = 8 if COMPUTES_BFLOAT16 else 4  # half-overlapping windows compute 8 voxels for one, tiles a halo more
 SHAPE = (300, 960, 928)  # the median tomogram of the BYU data
 CPU = torch.device("cpu")
 
@@ -77,10 +79,10 @@ def test_exact_tiles_are_eight_times_faster_than_half_overlapping_windows(tomogr
     second = seconds(exact)
     windows_channels_last = seconds(lambda: windows(channels_last))
     exact_seconds = statistics.median([first, second, seconds(exact)])
-    print(f"\nexact tiles, bfloat16 {exact_seconds:.1f} s; half overlap, float32 {windows_seconds:.1f} s "
+    print(f"\nexact tiles, {str(DEFAULT)[6:]} {exact_seconds:.1f} s; half overlap, float32 {windows_seconds:.1f} s "
           f"({windows_seconds / exact_seconds:.1f} x), channels last {windows_channels_last:.1f} s "
           f"({windows_channels_last / exact_seconds:.1f} x)")  # fmt: skip
-    assert min(windows_seconds, windows_channels_last) / exact_seconds > 8
+    assert min(windows_seconds, windows_channels_last) / exact_seconds > TIMES_FASTER
 
 
 @pytest.mark.slow

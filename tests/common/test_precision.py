@@ -10,9 +10,9 @@ from common.precision import autocast, tell_precision, working_precision
 CPU = torch.device("cpu")
 
 
+@pytest.mark.usefixtures("bfloat16")
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
-def test_autocast_computes_in_the_named_precision(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "has_bfloat16", lambda device: True)
+def test_autocast_computes_in_the_named_precision(name: str) -> None:
     with autocast(CPU, name):
         assert nn.Linear(3, 3)(torch.ones(2, 3)).dtype == getattr(torch, name)
 

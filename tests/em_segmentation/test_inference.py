@@ -255,6 +255,7 @@ def test_bytes_are_rounded_and_finite() -> None:
             as_bytes(torch.tensor([0.5, bad]), Path("image.npy"))
 
 
+@pytest.mark.usefixtures("bfloat16")
 def test_working_precision(tmp_path: Path) -> None:
     """bfloat16 is a copy, its cost is told, small and not zero; float32 costs nothing, also on volumes below a patch."""
     config = changed(small_config(), inference={"precision": "bf16"})

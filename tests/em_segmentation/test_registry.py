@@ -119,6 +119,7 @@ def test_a_network_of_ones_own_goes_the_same_way(own: str) -> None:
             register_architecture(taken, build_own)
 
 
+@pytest.mark.usefixtures("bfloat16")
 def test_a_network_of_ones_own_with_torchs_convolutions_does_not_train_in_bfloat16_on_a_cpu(own: str) -> None:
     """torch 2.13's gradients are wrong on thin maps."""
     config = changed(BASE, f"model.architecture={own}", "training.precision=bf16-mixed")

@@ -158,6 +158,7 @@ def test_the_average_follows_the_weights_by_its_decay(small: Config) -> None:
         assert not any(value.requires_grad for value in state.average.parameters())
 
 
+@pytest.mark.usefixtures("bfloat16")
 def test_bfloat16_trains_on_a_cpu_and_float16_is_refused(small: Config, tmp_path: Path) -> None:
     losses = {}
     for precision in ("32", "bf16-mixed"):

@@ -46,7 +46,7 @@ def mixture(directions: tuple[tuple[float, float, float], ...], white: float, se
 
 
 def degrees(one: Tensor, other: Tensor) -> float:
-    return float(torch.rad2deg(torch.acos((one * other).sum() / one.norm() / other.norm()).clamp(max=1)))
+    return float(torch.rad2deg(torch.acos(((one * other).sum() / one.norm() / other.norm()).clamp(max=1))))
 
 
 @pytest.mark.parametrize("white", [0.75, 0.9, 1.0])

@@ -228,6 +228,7 @@ def test_a_large_map_lies_in_a_file_and_gives_the_same(tmp_path: Path, monkeypat
     assert torch.equal(in_file, in_memory)
 
 
+@pytest.mark.usefixtures("bfloat16")
 def test_bfloat16_costs_little_and_says_how_much(tmp_path: Path) -> None:
     model = random_network(16, "batch", False)
     volume = tomogram(tmp_path, grey_noise(SHAPE))

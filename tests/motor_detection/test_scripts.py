@@ -54,6 +54,7 @@ def config_of(run: Path) -> Config:
     return configure(small_config(run), [run / "config.yaml"], [])
 
 
+@pytest.mark.usefixtures("bfloat16")
 def test_eval_writes_figures_picks_pictures_and_a_report(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = trained / "runs" / "a"
     code, out, problems = said(eval.main, ["--run", str(run), "inference.precision=bfloat16"], capsys)
