@@ -1,8 +1,9 @@
 """A whole volume through basic_unet3d: our windows against MONAI's sliding_window_inference, same weights, one process.
 
 MONAI: windows of 96^3, overlap 0.5, float32, its defaults otherwise. Ours: larger windows with a quarter of overlap,
-Gaussian weights, bfloat16 (float32 on CPUs without it), channels last. Both masks are compared with the one of the untiled float32 network, which
-instance norm sees whole. One round of MONAI's beside the slowest of three of ours. Two threads; run alone for figures:
+Gaussian weights, bfloat16 (float32 on CPUs without it), channels last. Both masks are compared with the one of the untiled
+float32 network, which instance norm sees whole. One round of MONAI's beside the slowest of three of ours. Two threads; run
+alone for figures:
 python -m pytest -m slow tests/benchmarks/test_em_inference.py -s
 """
 
