@@ -47,6 +47,7 @@ class Split:
 class Model:
     architecture: Literal["mmnet", "compact"] = "mmnet"
     backbone: str = "efficientnet_b1"  # of common/backbones
+    stages: int = 0  # of a ResNet, the first so many; 0 = all; images of 76 x 116 are 3 x 4 cells in its last
     shared: bool = False  # one backbone for all magnifications; the original has one each
     width: int = 512  # of the fusion; a multiple of 4
     dropout: float = 0.75  # before the last layer
@@ -54,7 +55,9 @@ class Model:
     frozen: bool = False  # compact: the backbone is not trained
 
     def problems(self) -> Iterator[str]:
-        yield from outside(self, {"width": (4, 4096), "dropout": (0, 0.99)})
+        yield from outside(self, {"width": (4, 4096), "dropout": (0, 0.99), "stages": (0, 4)})
+        if self.stages and self.pretrained is not None:
+            yield "stages: pretrained weights are of all stages; expected 0"
         if self.width % 4:
             yield f"width: expected a multiple of 4 (heads of attention), got {self.width}"
         if self.frozen and self.architecture != "compact":
@@ -174,7 +177,7 @@ BREAKHIS = Config()
 PHANTOM = Config(
     run=Run(preset="phantom"),
     data=Data(source="phantom", root=Path("data/generated/histo"), image_size=(76, 116), normalisation="macenko"),
-    model=Model(backbone="resnet18", shared=True, width=64, dropout=0.3),  # of plain convolutions: fast in bfloat16
+    model=Model(backbone="resnet18", stages=3, shared=True, width=64, dropout=0.3),  # of plain convolutions: fast in bfloat16
     augment=Augment(rotation_degrees=0.0, brightness=0.1, contrast=0.1, blur=0.0, stain=0.1),
     loss=Loss(focal_gamma=0.0, label_smoothing=0.0, mixup_alpha=0.0, view_weight=1.0),
     train=Train(

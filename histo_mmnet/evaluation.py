@@ -64,10 +64,19 @@ def cases_of(folds: Sequence[Predictions], thresholds: Sequence[float], chosen: 
 
 
 def threshold_of(validation: Sequence[Predictions], left_out: set[str]) -> float:
-    """The best F1 on the precision-recall curve of validation composites, some accessions left out; 0.5 where none is left."""
-    rows = [(p, k) for p in validation for k, c in enumerate(p.composites) if c.slide.accession not in left_out]
-    labels = np.array([p.composites[k].slide.label for p, k in rows], np.int64)
-    return best_f1_threshold(labels, probability(np.array([p.logits[k] for p, k in rows])))
+    """The best F1 on the precision-recall curve of validation patients, some left out; 0.5 where none is left.
+
+    Patients, by the mean of their composites, as patients are decided: single composites spread further.
+    """
+    labels, means = [], []
+    for predictions in validation:
+        own: dict[str, list[int]] = {}
+        for k, composite in enumerate(predictions.composites):
+            if composite.slide.accession not in left_out:
+                own.setdefault(composite.slide.accession, []).append(k)
+        labels += [predictions.composites[rows[0]].slide.label for rows in own.values()]
+        means += [float(probability(predictions.logits[rows]).mean()) for rows in own.values()]
+    return best_f1_threshold(np.array(labels, np.int64), np.array(means))
 
 
 def figures_of(cases: Cases, name: str, settings: Evaluation) -> Figures:

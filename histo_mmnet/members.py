@@ -46,11 +46,11 @@ def build_network(member: Member, settings: Model) -> Network:
     """A member's network, its backbones filled from model.pretrained where that is given."""
     network: Network
     if len(member.magnifications) == 1:
-        network = SingleMagNet(settings.backbone, settings.dropout)
+        network = SingleMagNet(settings.backbone, settings.stages, settings.dropout)
     elif settings.architecture == "compact":
-        network = CompactMMNet(settings.backbone, settings.width, settings.dropout)
+        network = CompactMMNet(settings.backbone, settings.stages, settings.width, settings.dropout)
     else:
-        network = MMNet(settings.backbone, settings.shared, settings.width, settings.dropout)
+        network = MMNet(settings.backbone, settings.stages, settings.shared, settings.width, settings.dropout)
     if settings.pretrained is not None:
         for backbone in network.extractors.backbones:
             load_pretrained(backbone, settings.pretrained, "drop", "mean")  # type: ignore[arg-type]

@@ -124,10 +124,12 @@ def stained(images: Tensor, stain: Stain, matrices: Tensor, added: Tensor, white
         mapped = (torch.einsum("bcyx,bco->boyx", light, matrices) + offset[:, :, None, None]).exp().clamp(0, 1)
         return torch.where(stain.is_found[:, None, None, None], mapped, images)
     found = torch.empty(images.shape, dtype=images.dtype, device=images.device)
+    glass = stain.white.to(images.dtype)
+    offset = offset - (glass.log()[:, None] @ matrices)[:, 0]  # log(I / I0) is log I less this
     for number, is_found in enumerate(stain.is_found.tolist()):  # one by one: what an image needs stays in the caches
         if is_found:
-            relative = images[number].contiguous() / stain.white[number, :, None, None].to(images.dtype)
-            light = relative.clamp_(math.exp(-DENSEST), 1.0).log_().flatten(1)
+            brightest = glass[number, :, None]
+            light = images[number].reshape(3, -1).clamp(math.exp(-DENSEST) * brightest, brightest).log_()
             result = torch.addmm(offset[number, :, None], matrices[number].T, light, out=found[number].view(3, -1))
             result.exp_().clamp_(0, 1)
         else:

@@ -44,6 +44,13 @@ class Backbone(nn.Module):
         """forward_features of images that were checked; each family's own."""
         raise NotImplementedError
 
+    def keep_stages(self, number: int) -> None:
+        """Leave out all stages after the first `number`: for images so small that the last maps are a few cells.
+
+        Raises a config error for a family that cannot, for a number it does not have, and where a classifier reads the last.
+        """
+        raise config_error(f"{type(self).__name__}: stages cannot be left out; expected all of them, or a ResNet")
+
     def pooled(self, x: Tensor) -> Tensor:
         """The last map (B, C, [z,] y, x) -> (B, C): the mean, unless a family knows better."""
         return x.flatten(2).mean(2)

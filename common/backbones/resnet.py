@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from common.backbones.backbone import Backbone, Builder
 from common.backbones.layers import convolution, initialise, plain_norm, pooled_stem
+from common.errors import config_error
 
 WIDTHS = (64, 128, 256, 512)
 
@@ -104,10 +105,19 @@ class ResNet(Backbone):
         pooled = self.maxpool(self.bn1(self.conv1(x)))
         x = nn.functional.relu(pooled)  # the same as before pooling, of a quarter of the values
         found = []
-        for number in range(1, 5):
+        for number in range(1, 1 + len(self.feature_channels)):
             x = self.get_submodule(f"layer{number}")(x)
             found.append(x)
         return found
+
+    def keep_stages(self, number: int) -> None:
+        if not 1 <= number <= len(self.feature_channels) or "fc" in dict(self.named_children()):
+            raise config_error(
+                f"stages: expected 1 to {len(self.feature_channels)} of a network without classifier, got {number}"
+            )
+        for later in range(number + 1, 1 + len(self.feature_channels)):
+            delattr(self, f"layer{later}")
+        self.feature_channels = self.feature_channels[:number]
 
     def _classify(self, vector: Tensor) -> Tensor:
         logits: Tensor = self.fc(vector)

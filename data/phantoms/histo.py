@@ -1,8 +1,9 @@
 """Simulated breast histology in BreakHis' folders and names, the default data of histo_mmnet.
 
 Accessions have one to three slides, slides a few places, and a place is photographed at 40X, 100X, 200X and 400X, each field
-inside the one before. Malignant tissue has larger, more uneven and more crowded nuclei in more disordered glands; dyes and
-lamp differ from accession to accession whatever its class, and a place's mean of haematoxylin does not tell its nuclei.
+inside the one before. Malignant tissue has larger, more uneven and more crowded nuclei, more disordered glands, or some of
+both; dyes and lamp differ from accession to accession whatever its class, and a place's mean of haematoxylin does not tell its
+nuclei.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ from data.phantoms.histo_imaging import draw_staining, of_slide, photograph
 from data.phantoms.histo_scene import RATIO, Scene, draw_scene, draw_tissue
 from data.phantoms.histo_settings import HistoPhantom
 
-GENERATOR_VERSION = 1  # raised whenever equal settings give other bits, so that stale folders are noticed
+GENERATOR_VERSION = 2  # raised whenever equal settings give other bits, so that stale folders are noticed
 SUBTYPES = (("A", "F", "PT", "TA"), ("DC", "LC", "MC", "PC"))  # benign, malignant
 FOLDERS = {"A": "adenosis", "F": "fibroadenoma", "PT": "phyllodes_tumor", "TA": "tubular_adenoma", "DC": "ductal_carcinoma",
            "LC": "lobular_carcinoma", "MC": "mucinous_carcinoma", "PC": "papillary_carcinoma"}  # fmt: skip

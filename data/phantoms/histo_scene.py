@@ -72,15 +72,20 @@ class Scene:
 def draw_tissue(settings: HistoPhantom, label: int, subtype: str, rng: np.random.Generator) -> Tissue:
     """An accession's tissue."""
 
-    def normal(spread: tuple[Spread, Spread], lowest: float) -> float:
-        return max(lowest, float(rng.normal(*spread[label])))
+    nuclei, glands = (1.0, settings.partial) if rng.random() < 0.5 else (settings.partial, 1.0)
+
+    def normal(spread: tuple[Spread, Spread], share: float, lowest: float) -> float:
+        mean, deviation = (
+            benign + label * share * (malignant - benign) for benign, malignant in zip(*spread, strict=True)
+        )
+        return max(lowest, float(rng.normal(mean, deviation)))
 
     return Tissue(
         subtype,
-        normal(settings.nuclear_radius_micrometre, 1.8),
-        normal(settings.pleomorphism, 0.03),
-        normal(settings.crowding, 0.4),
-        normal(settings.disorder, 0.02),
+        normal(settings.nuclear_radius_micrometre, nuclei, 1.8),
+        normal(settings.pleomorphism, nuclei, 0.03),
+        normal(settings.crowding, nuclei, 0.4),
+        normal(settings.disorder, glands, 0.02),
         min(0.6, ARCHITECTURES[subtype].cover * float(rng.uniform(*settings.cover_factor))),
     )
 

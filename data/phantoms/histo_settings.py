@@ -20,7 +20,10 @@ class HistoPhantom:
     size: tuple[int, int] = (152, 232)  # pixels y, x; a third of BreakHis'
     field_micrometre: float = 175.0  # width of a photograph at 400X; 700 pixels of 0.25
 
-    # What tells malignant from benign. Means overlap so that no single cue, and so no single magnification, decides.
+    # What tells malignant from benign. Means overlap, and nuclei and glands are affected each by itself, as their grades are
+    # (Elston & Ellis 1991): half of the malignant show the whole difference in their nuclei and `partial` of it in their
+    # glands, the others the reverse. So no single cue, and no single magnification, decides.
+    partial: float = 0.6
     nuclear_radius_micrometre: tuple[Spread, Spread] = ((3.0, 0.26), (3.65, 0.36))  # benign, malignant
     pleomorphism: tuple[Spread, Spread] = ((0.13, 0.03), (0.23, 0.05))  # deviation of log radius within a patient
     crowding: tuple[Spread, Spread] = ((1.0, 0.12), (1.25, 0.17))  # epithelial nuclei per area, of benign's mean
@@ -48,6 +51,8 @@ class HistoPhantom:
             yield f"size: expected 32 to 2048 pixels, got {list(self.size)}"
         if not 0 <= self.missing_share <= 0.9 or not 0 <= self.several_slides_share <= 1:
             yield "missing_share, several_slides_share: expected shares, of missing ones at most 0.9"
+        if not 0 <= self.partial <= 1:
+            yield f"partial: expected a share, 0 to 1, got {self.partial:g}"
         for name in ("haematoxylin_strength", "eosin_strength", "cover_factor", "white", "defocus_pixel", "noise"):
             low, high = getattr(self, name)
             if not 0 < low <= high:

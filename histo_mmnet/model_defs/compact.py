@@ -31,9 +31,9 @@ class GatedAttentionPool(nn.Module):
 class CompactMMNet(nn.Module):
     """Bags (B, S, 3, y, x) of magnifications (B, S), present (B, S) -> logits of malignancy (B,)."""
 
-    def __init__(self, backbone: str, width: int, dropout: float) -> None:
+    def __init__(self, backbone: str, stages: int, width: int, dropout: float) -> None:
         super().__init__()
-        self.extractors = Extractors(backbone, True)
+        self.extractors = Extractors(backbone, stages, True)
         channels = self.extractors.channels
         self.film = MagnificationFiLM(channels)
         self.narrow = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, width), nn.ReLU(inplace=True))

@@ -141,9 +141,9 @@ class HybridCrossMagFusion(nn.Module):
 class MMNet(nn.Module):
     """Composites (B, 4, 3, y, x) of 40X, 100X, 200X, 400X, present (B, 4) -> logits of malignancy (B,)."""
 
-    def __init__(self, backbone: str, is_shared: bool, width: int, dropout: float) -> None:
+    def __init__(self, backbone: str, stages: int, is_shared: bool, width: int, dropout: float) -> None:
         super().__init__()
-        self.extractors = Extractors(backbone, is_shared)
+        self.extractors = Extractors(backbone, stages, is_shared)
         channels = self.extractors.channels
         count = 1 if is_shared else NUM_MAGNIFICATIONS
         self.gates = nn.ModuleList(ClinicalChannelAttention(channels, 0.1) for _ in range(count))

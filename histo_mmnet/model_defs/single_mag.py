@@ -9,9 +9,9 @@ from histo_mmnet.model_defs.slots import Extractors, check_slots, into_slots
 class SingleMagNet(nn.Module):
     """Bags (B, S, 3, y, x) of one magnification, present (B, S) -> logits of malignancy (B,), the mean over the images."""
 
-    def __init__(self, backbone: str, dropout: float) -> None:
+    def __init__(self, backbone: str, stages: int, dropout: float) -> None:
         super().__init__()
-        self.extractors = Extractors(backbone, True)
+        self.extractors = Extractors(backbone, stages, True)
         self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(self.extractors.channels, 1))
 
     def forward(self, images: Tensor, magnification: Tensor, present: Tensor) -> Tensor:

@@ -16,10 +16,14 @@ NUM_MAGNIFICATIONS = len(MAGNIFICATIONS)
 class Extractors(nn.Module):
     """Backbones by name: one for all magnifications, or one for each."""
 
-    def __init__(self, name: str, is_shared: bool) -> None:
+    def __init__(self, name: str, stages: int, is_shared: bool) -> None:
+        """stages: of the backbone that are used; 0 = all."""
         super().__init__()
         count = 1 if is_shared else NUM_MAGNIFICATIONS
-        self.backbones = nn.ModuleList(create_backbone(name, 2, 3) for _ in range(count))
+        backbones = [create_backbone(name, 2, 3) for _ in range(count)]
+        for backbone in backbones[: count if stages else 0]:
+            backbone.keep_stages(stages)
+        self.backbones = nn.ModuleList(backbones)
         self.channels = int(self.backbones[0].feature_channels[-1])  # type: ignore[index]
 
     def forward(self, images: Tensor, magnification: Tensor) -> Tensor:

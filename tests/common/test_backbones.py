@@ -294,3 +294,23 @@ def test_the_least_image_fits_and_a_smaller_one_is_told(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(SMALLEST))
 def test_the_least_volume_fits_and_a_smaller_one_is_told(name: str) -> None:
     check_least_image(name, 3)
+
+
+def test_stages_that_are_left_out() -> None:
+    torch.manual_seed(0)
+    whole = create_backbone("resnet18", 2, 3)
+    torch.manual_seed(0)
+    short = create_backbone("resnet18", 2, 3)
+    short.keep_stages(2)
+    images = torch.randn(2, 3, 40, 56)
+    maps = short.eval().forward_features(images)
+    assert len(maps) == 2 and torch.equal(maps[1], whole.eval().forward_features(images)[1])
+    assert short(images).shape == (2, short.feature_channels[-1]) == (2, 128)
+    assert not any("layer3" in name for name in short.state_dict())
+    for network, number in (
+        (short, 3),
+        (create_backbone("densenet121", 2, 3), 2),
+        (create_classifier("resnet18", 2, 3, 2), 2),
+    ):
+        with pytest.raises(UserError, match="stages"):
+            network.keep_stages(number)

@@ -1,4 +1,8 @@
-"""The whole job by its own commands: the demo on simulated neuropil."""
+"""The whole job by its own commands: a short demo on simulated neuropil.
+
+The whole demo (make demo) takes 7 to 20 minutes and reaches a Jaccard of 0.87 and an adapted Rand error of 0.09; here a third
+of its steps on half of its volumes.
+"""
 
 import json
 import shutil
@@ -8,12 +12,15 @@ import pytest
 
 from tests.common_runs import run_as_a_user
 
+SHORT = ("run.name=demo", "training.max_epochs=1", "training.steps_per_epoch=300", "scheduler.warmup_epochs=0.2",
+         "phantom.train_volumes=5", "phantom.validation_volumes=1", "phantom.test_volumes=2")  # fmt: skip
+
 
 @pytest.mark.slow
 @pytest.mark.alone
 def test_the_demo_finds_mitochondria_and_neurites_that_simple_methods_do_not(tmp_path: Path) -> None:
-    run_as_a_user(tmp_path, "em_segmentation/train.py", "run.name=demo")
-    run_as_a_user(tmp_path, "em_segmentation/eval.py", "run.name=demo")
+    run_as_a_user(tmp_path, "em_segmentation/train.py", *SHORT)
+    run_as_a_user(tmp_path, "em_segmentation/eval.py", *SHORT)
     folder = tmp_path / "runs" / "em_segmentation" / "demo"
     figures = json.loads((folder / "results" / "metrics.json").read_text())
     assert figures["mitochondria_jaccard"] >= 0.85

@@ -20,7 +20,8 @@ def small_config(folder: Path) -> Config:
     breast = write_phantom(SMALL, folder / "phantom", 1)
     return changed(
         PHANTOM, "data.source=files", f"data.root={breast}", "data.image_size=[36,56]", "data.normalisation=none",
-        "split.num_folds=3", "model.backbone=shufflenet_v2_x0_5", "model.width=8", "train.epochs=2", "train.batch_size=4",
+        "split.num_folds=3", "model.backbone=shufflenet_v2_x0_5", "model.stages=0", "model.width=8",
+        "train.epochs=2", "train.batch_size=4",
         "train.micro_batch_cuda=2", "train.micro_batch_mps=2", "train.micro_batch_cpu=2", "train.epoch_multiplier=1.0",
         "train.precision=float32", "augment.rotation_degrees=15", "augment.blur=0.5", "augment.missing_view=0.3",
         "loss.mixup_alpha=0.4", "loss.focal_gamma=2", "loss.label_smoothing=0.1", "train.single_magnifications=false",

@@ -19,7 +19,7 @@ from histo_mmnet.evaluation import (
     threshold_of,
 )
 from histo_mmnet.names import MAGNIFICATIONS
-from histo_mmnet.predictions import ALL, NUM_SETS, Predictions
+from histo_mmnet.predictions import ALL, NUM_SETS, Predictions, probability
 from histo_mmnet.shapley import shapley_values
 from histo_mmnet.slides import Slide
 
@@ -113,3 +113,13 @@ def test_intervals_resample_patients() -> None:
     for name in ("composite_auc", "composite_auc_low", "composite_auc_high"):
         assert copied[name] == pytest.approx(few[name])
     assert few["composite_auc_low"] < few["composite_auc"] < few["composite_auc_high"]
+
+
+def test_a_threshold_parts_patients_not_their_composites() -> None:
+    """One composite of a malignant patient looks benign: by composites the threshold would follow it."""
+    logits = np.array([-2.0, -2.0, -2.0, -3.0, 4.0, 4.0, 4.0, 4.0])
+    found = predictions([0, 1, 1], [3, 3, 2], logits, np.full((8, NUM_SETS), np.nan))
+    threshold = threshold_of([found], set())
+    means = [probability(logits[a:b]).mean() for a, b in ((0, 3), (3, 6), (6, 8))]
+    assert means[0] < threshold < means[1] < means[2]
+    assert threshold == pytest.approx((means[0] + means[1]) / 2)

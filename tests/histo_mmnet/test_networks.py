@@ -24,11 +24,11 @@ def network(kind: str) -> Network:
     torch.manual_seed(0)
     made: Network
     if kind == "single":
-        made = SingleMagNet("shufflenet_v2_x0_5", 0.5)
+        made = SingleMagNet("shufflenet_v2_x0_5", 0, 0.5)
     elif kind == "compact":
-        made = CompactMMNet("shufflenet_v2_x0_5", 16, 0.5)
+        made = CompactMMNet("shufflenet_v2_x0_5", 0, 16, 0.5)
     else:
-        made = MMNet("shufflenet_v2_x0_5", kind == "shared", 16, 0.5)
+        made = MMNet("shufflenet_v2_x0_5", 0, kind == "shared", 16, 0.5)
     for name, weight in made.named_parameters():
         if "extractors" not in name:
             torch.nn.init.normal_(weight, std=0.3)
@@ -125,7 +125,7 @@ def test_every_weight_takes_part(kind: str) -> None:
 def test_additions_begin_as_nothing() -> None:
     """A new MMNet is the mean of a line per magnification on plain means: what the baseline is."""
     torch.manual_seed(0)
-    model = MMNet("shufflenet_v2_x0_5", True, 16, 0.5).eval()
+    model = MMNet("shufflenet_v2_x0_5", 0, True, 16, 0.5).eval()
     images, magnification = composites(2)
     present = present_of((0, 1, 2, 3), 2)
     with torch.inference_mode():
