@@ -177,11 +177,11 @@ BREAKHIS = Config()
 PHANTOM = Config(
     run=Run(preset="phantom"),
     data=Data(source="phantom", root=Path("data/generated/histo"), image_size=(76, 116), normalisation="macenko"),
-    model=Model(backbone="resnet18", stages=3, shared=True, width=64, dropout=0.3),  # of plain convolutions: fast in bfloat16
+    model=Model(backbone="resnet18", stages=2, shared=True, width=64, dropout=0.3),  # of plain convolutions: fast in bfloat16
     augment=Augment(rotation_degrees=0.0, brightness=0.1, contrast=0.1, blur=0.0, stain=0.1),
     loss=Loss(focal_gamma=0.0, label_smoothing=0.0, mixup_alpha=0.0, view_weight=1.0),
     train=Train(
-        epochs=4, epoch_multiplier=2.0, batch_size=8, micro_batch_cuda=8, micro_batch_mps=8, micro_batch_cpu=8,
+        epochs=3, epoch_multiplier=2.0, batch_size=8, micro_batch_cuda=8, micro_batch_mps=8, micro_batch_cpu=8,
         learning_rate=5e-4, ema_decay=0.98, precision="bfloat16",
     ),
     evaluation=Evaluation(flips=True),

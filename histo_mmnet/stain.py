@@ -49,7 +49,7 @@ def sampled_pixels(images: Tensor) -> Tensor:
 def white_of(pixels: Tensor) -> Tensor:
     """The brightness (B, 3) of empty glass in pixels (B, n, 3)."""
     rank = max(1, round(WHITE_QUANTILE * pixels.shape[1]))
-    return pixels.kthvalue(rank, 1).values.clamp(DARKEST_WHITE, 1.0)
+    return pixels.transpose(1, 2).contiguous().kthvalue(rank).values.clamp(DARKEST_WHITE, 1.0)
 
 
 def optical_density(images: Tensor, white: Tensor) -> Tensor:
@@ -60,12 +60,18 @@ def optical_density(images: Tensor, white: Tensor) -> Tensor:
 def quantiles(values: Tensor, counted: Tensor, shares: tuple[float, ...]) -> Tensor:
     """The values (..., k) below which shares of the counted values (..., n) lie; 0 where none is counted.
 
-    By sorting, as torch.quantile takes no mask; counted is a bool (..., n) that broadcasts.
+    counted: bool (..., n) that broadcasts; torch.quantile takes no mask. Only the part from the nearer end is sorted.
     """
-    ordered = values.masked_fill(~counted, torch.inf).sort(-1).values
-    number = counted.expand(values.shape).sum(-1, keepdim=True)  # (..., 1)
-    rank = ((number - 1).clamp(min=0) * torch.tensor(shares, device=values.device)).round().long()  # (..., k)
-    return torch.where(number > 0, ordered.gather(-1, rank), 0.0)
+    last = (counted.expand(values.shape).sum(-1, keepdim=True) - 1).clamp(min=0)  # (..., 1)
+    found = []
+    for share in shares:
+        is_high = share > 0.5
+        rank = (last * share).round().long()
+        place = last - rank if is_high else rank
+        length = min(values.shape[-1], math.ceil(min(share, 1 - share) * values.shape[-1]) + 1)
+        ends = values.masked_fill(~counted, -torch.inf if is_high else torch.inf).topk(length, -1, is_high).values
+        found.append(ends.gather(-1, place))
+    return torch.where(counted.any(-1, keepdim=True), torch.cat(found, -1), 0.0)
 
 
 @torch.no_grad()
@@ -126,14 +132,18 @@ def stained(images: Tensor, stain: Stain, matrices: Tensor, added: Tensor, white
     found = torch.empty(images.shape, dtype=images.dtype, device=images.device)
     glass = stain.white.to(images.dtype)
     offset = offset - (glass.log()[:, None] @ matrices)[:, 0]  # log(I / I0) is log I less this
-    for number, is_found in enumerate(stain.is_found.tolist()):  # one by one: what an image needs stays in the caches
-        if is_found:
-            brightest = glass[number, :, None]
-            light = images[number].reshape(3, -1).clamp(math.exp(-DENSEST) * brightest, brightest).log_()
-            result = torch.addmm(offset[number, :, None], matrices[number].T, light, out=found[number].view(3, -1))
-            result.exp_().clamp_(0, 1)
-        else:
+    light = images.new_empty(3, images[0, 0].numel())
+    for number, (is_found, brightest) in enumerate(zip(stain.is_found.tolist(), glass.tolist(), strict=True)):
+        if not is_found:
             found[number] = images[number]
+            continue
+        # one by one, channel by channel, in place: what an image needs stays in the caches
+        for channel, most in enumerate(brightest):
+            torch.clamp(images[number, channel].reshape(-1), math.exp(-DENSEST) * most, most, out=light[channel])
+        light.log_()
+        for channel, weights in enumerate(matrices[number].T.tolist()):
+            result = torch.add(offset[number, channel], light[0], alpha=weights[0], out=found[number, channel].view(-1))
+            result.add_(light[1], alpha=weights[1]).add_(light[2], alpha=weights[2]).exp_().clamp_(max=1)
     return found
 
 
