@@ -11,7 +11,6 @@ from data.phantoms.histo_settings import HistoPhantom, Spread
 Floats = npt.NDArray[np.float64]
 RATIO = 10.0  # width of the field at 40X, in fields at 400X
 WAVES = 28  # plane waves that fibres are made of
-USUAL_RADIUS = 3.0  # micrometres, of a benign nucleus
 HARMONICS = 5  # of a gland's outline
 
 
@@ -28,12 +27,12 @@ class Architecture:
 
 
 ARCHITECTURES = {
-    "A": Architecture((28, 60), 0.40, (0.15, 0.50), (1.0, 1.5), 1.0, 0.0),
-    "F": Architecture((50, 110), 0.25, (0.15, 0.50), (1.5, 3.2), 1.4, 0.4),
+    "A": Architecture((28, 60), 0.40, (0.25, 0.55), (1.0, 1.5), 1.0, 0.0),
+    "F": Architecture((50, 110), 0.25, (0.15, 0.50), (1.5, 3.2), 1.4, 0.1),
     "PT": Architecture((80, 160), 0.28, (0.30, 0.70), (1.6, 3.5), 2.0, 0.1),
-    "TA": Architecture((30, 48), 0.50, (0.20, 0.50), (1.0, 1.2), 0.8, 0.0),
-    "DC": Architecture((40, 120), 0.42, (0.10, 0.50), (1.0, 1.8), 1.2, 0.0),
-    "LC": Architecture((24, 44), 0.36, (0.10, 0.45), (1.4, 3.4), 1.4, 0.0),
+    "TA": Architecture((30, 48), 0.50, (0.30, 0.55), (1.0, 1.2), 0.8, 0.0),
+    "DC": Architecture((40, 120), 0.42, (0.00, 0.45), (1.0, 1.8), 1.2, 0.0),
+    "LC": Architecture((24, 44), 0.36, (0.00, 0.40), (1.4, 3.4), 1.4, 0.0),
     "MC": Architecture((45, 110), 0.28, (0.10, 0.50), (1.0, 1.6), 0.6, 0.5),
     "PC": Architecture((60, 140), 0.40, (0.30, 0.65), (1.3, 2.6), 0.9, 0.1),
 }
@@ -46,7 +45,7 @@ class Tissue:
     subtype: str
     nuclear_radius: float  # micrometres
     pleomorphism: float  # deviation of log radius
-    crowding: float  # area that nuclei cover, of benign's mean
+    crowding: float  # of benign's mean number of nuclei per area
     disorder: float  # of outlines, in shares of the radius
     cover: float  # share of a place that glands take
 
@@ -85,7 +84,7 @@ def draw_tissue(settings: HistoPhantom, label: int, subtype: str, rng: np.random
         subtype,
         normal(settings.nuclear_radius_micrometre, nuclei, 1.8),
         normal(settings.pleomorphism, nuclei, 0.03),
-        normal(settings.crowding, glands, 0.4),
+        normal(settings.crowding, nuclei, 0.4),
         normal(settings.disorder, glands, 0.02),
         min(0.6, ARCHITECTURES[subtype].cover * float(rng.uniform(*settings.cover_factor))),
     )
@@ -143,10 +142,7 @@ def gland_radius_at(scene: Scene, gland: npt.NDArray[np.int64], angle: Floats) -
 def with_nuclei(scene: Scene, tissue: Tissue, plan: Architecture, rng: np.random.Generator) -> Scene:
     """The place with its epithelial and stromal nuclei."""
     areas = np.pi * scene.radii**2 * (1 - scene.lumen**2)
-    size = (tissue.nuclear_radius / USUAL_RADIUS) ** 2 * np.exp(
-        2 * tissue.pleomorphism**2
-    )  # of a mean nucleus, in usual ones
-    per_gland = rng.poisson(0.0068 * tissue.crowding / size * areas)
+    per_gland = rng.poisson(0.0068 * tissue.crowding * areas)
     gland = np.repeat(np.arange(len(areas)), per_gland)
     angle = rng.uniform(0, 2 * np.pi, len(gland))
     inner = scene.lumen[gland] + 0.06

@@ -21,16 +21,12 @@ class HistoPhantom:
     field_micrometre: float = 175.0  # width of a photograph at 400X; 700 pixels of 0.25
 
     # What tells malignant from benign. Means overlap, and nuclei and glands are affected each by itself, as their grades are
-    # (Elston & Ellis 1991): half of the malignant show the whole difference in size and unevenness of their nuclei and
-    # `partial` of it in crowding and outlines of their glands, the others the reverse. Larger nuclei are fewer, so that only
-    # a high magnification shows them, and only a low one shows outlines. So no single magnification decides.
-    partial: float = 0.4
+    # (Elston & Ellis 1991): half of the malignant show the whole difference in their nuclei and `partial` of it in their
+    # glands, the others the reverse. So no single cue decides.
+    partial: float = 0.5
     nuclear_radius_micrometre: tuple[Spread, Spread] = ((3.0, 0.26), (3.65, 0.36))  # benign, malignant
     pleomorphism: tuple[Spread, Spread] = ((0.13, 0.03), (0.23, 0.05))  # deviation of log radius within a patient
-    crowding: tuple[Spread, Spread] = (
-        (1.0, 0.12),
-        (1.25, 0.17),
-    )  # area of epithelium that nuclei cover, of benign's mean
+    crowding: tuple[Spread, Spread] = ((1.0, 0.12), (1.25, 0.17))  # epithelial nuclei per area, of benign's mean
     disorder: tuple[Spread, Spread] = ((0.14, 0.06), (0.34, 0.11))  # of gland outlines, in shares of their radius
 
     # What tells patients apart and classes not
