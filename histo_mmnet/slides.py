@@ -55,16 +55,14 @@ def slides_of(images: list[Image], nesting: Nesting) -> list[Slide]:
     for image in sorted(images):
         grouped[image.name.slide][image.name.magnification].append(image.path)
         first[image.name.slide] = image
-    return [
-        Slide(
-            name,
-            first[name].name.accession,
-            first[name].name.label,
-            {m: tuple(own[m]) for m in MAGNIFICATIONS if m in own},
-            {path: nesting[path] for paths in own.values() for path in paths if path in nesting},
-        )
-        for name, own in sorted(grouped.items())
-    ]
+    slides = []
+    for name, own in sorted(grouped.items()):
+        photographs = {m: tuple(own[m]) for m in MAGNIFICATIONS if m in own}
+        paths = {path for some in photographs.values() for path in some}
+        # a photograph of another slide, or of one that these images leave out, must not come in by a place
+        places = {path: nesting[path] for path in sorted(paths) if path in nesting and nesting[path].parent in paths}
+        slides.append(Slide(name, first[name].name.accession, first[name].name.label, photographs, places))
+    return slides
 
 
 @dataclasses.dataclass

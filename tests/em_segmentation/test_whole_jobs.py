@@ -1,7 +1,7 @@
 """The whole job by its own commands: a short demo on simulated neuropil.
 
-The whole demo (make demo) takes 7 to 20 minutes and reaches a Jaccard of 0.87 and an adapted Rand error of 0.09; here a quarter
-of its steps on half of its volumes: 0.73 and 0.12.
+The whole demo (make demo) reaches a Jaccard of 0.87 and an adapted Rand error of 0.09; here a quarter of its steps on half of
+its volumes: 0.73 and 0.12.
 """
 
 import json

@@ -176,3 +176,20 @@ def test_a_table_is_read_as_it_was_written(tmp_path: Path, breast: Path, nesting
 
 def test_a_coarser_field_is_smaller() -> None:
     assert as_fields(torch.zeros(1, 3, 50, 70), 0.4).shape == (1, 3, 20, 28)
+
+
+def test_a_place_in_what_is_left_out_is_not_known(breast: Path, nesting: Nesting) -> None:
+    """Neither another slide's photograph nor one of another role comes in by it."""
+    images = scan(breast)
+    first, second = (next(i.path for i in images if i.name.slide == slide and i.name.magnification == 40)
+                     for slide in sorted({image.name.slide for image in images})[:2])  # fmt: skip
+    inner = next(
+        image.path for image in images if image.path.parents[1] == first.parents[1] and image.name.magnification == 100
+    )
+    across = slides_of(images, {inner: Place(second, 0.0, 0.0, 0.9)})
+    assert not any(slide.nesting for slide in across)
+    fine = slides_of([image for image in images if image.name.magnification != 40], nesting)
+    assert all(
+        place.parent in {p for paths in s.images.values() for p in paths} for s in fine for place in s.nesting.values()
+    )
+    assert any(slide.nesting for slide in fine)

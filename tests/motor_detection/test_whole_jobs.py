@@ -1,7 +1,7 @@
 """The whole job by its own commands, short: the demo on simulated tomograms, and DeepFinder's, which others made.
 
-The whole demo (make demo) takes 8 to 14 minutes and reaches an F2 of 0.97; half of its steps 0.86 [0.75, 0.94]. DeepFinder's
-tomograms with the 600 steps of their file: 0.97 and more; half of them 0.96.
+The whole demo (make demo) reaches an F2 of 0.97; half of its steps 0.86 [0.75, 0.94]. DeepFinder's tomograms with the 600 steps
+of their file: 0.97 and more; half of them 0.96.
 """
 
 import json
