@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from common.config import LARGEST_INT, no_folder_names, outside
+from common.metrics.classification import Criterion
 from data.phantoms.histo_settings import HistoPhantom
 from histo_mmnet.scan import DoubledPolicy
 
@@ -138,6 +139,9 @@ class Evaluation:
     flips: bool = False  # average over flips of the images
     threshold: Literal["pooled", "fold"] = (
         "pooled"  # of validation patients of all folds (not tested ones), or of its own
+    )
+    threshold_for: Criterion = (
+        "balanced_accuracy"  # what it maximises; f1, as the original has it, favours the larger class
     )
     gradcam_layer: str = ""  # of the backbone, as its weights are named (layer3); "" = its last map
     confidence: float = 0.95

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from common.metrics.classification import best_f1_threshold, calibration, confusion, roc_auc
+from common.metrics.classification import Criterion, best_threshold, calibration, confusion, roc_auc
 from common.metrics.intervals import Interval, bootstrap_interval
 from histo_mmnet.config import Evaluation
 from histo_mmnet.names import MAGNIFICATIONS
@@ -63,8 +63,8 @@ def cases_of(folds: Sequence[Predictions], thresholds: Sequence[float], chosen: 
     )
 
 
-def threshold_of(validation: Sequence[Predictions], left_out: set[str]) -> float:
-    """The best F1 on the precision-recall curve of validation patients, some left out; 0.5 where none is left.
+def threshold_of(validation: Sequence[Predictions], left_out: set[str], criterion: Criterion) -> float:
+    """The best threshold on the precision-recall curve of validation patients, some left out; 0.5 where none is left.
 
     Patients, by the mean of their composites, as patients are decided: single composites spread further.
     """
@@ -76,7 +76,7 @@ def threshold_of(validation: Sequence[Predictions], left_out: set[str]) -> float
                 own.setdefault(composite.slide.accession, []).append(k)
         labels += [predictions.composites[rows[0]].slide.label for rows in own.values()]
         means += [float(probability(predictions.logits[rows]).mean()) for rows in own.values()]
-    return best_f1_threshold(np.array(labels, np.int64), np.array(means))
+    return best_threshold(np.array(labels, np.int64), np.array(means), criterion)
 
 
 def figures_of(cases: Cases, name: str, settings: Evaluation) -> Figures:

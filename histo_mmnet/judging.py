@@ -9,8 +9,9 @@ import torch
 
 from common.errors import config_error
 from common.logbook import progress
-from common.metrics.classification import roc_auc
+from common.metrics.classification import Criterion, roc_auc
 from histo_mmnet.colours import colour_table, nearest
+from histo_mmnet.comparison import Decided, decided, paired
 from histo_mmnet.composites import Composite, all_composites
 from histo_mmnet.config import Config
 from histo_mmnet.evaluation import (
@@ -72,15 +73,18 @@ def judge_member(
     predictions = predict(network, composites, album, used, (ALL,) if member.prefix else range(1, NUM_SETS))
     patients = len({composite.slide.accession for composite in composites})
     seconds = (time.perf_counter() - began) / max(1, patients)
-    return FoldVerdict(member, validation, predictions, threshold_of([validation], set()), seconds)
+    return FoldVerdict(
+        member, validation, predictions, threshold_of([validation], set(), config.evaluation.threshold_for), seconds
+    )
 
 
-def with_pooled_thresholds(folds: list[FoldVerdict]) -> list[FoldVerdict]:
+def with_pooled_thresholds(folds: list[FoldVerdict], criterion: Criterion) -> list[FoldVerdict]:
     """Each fold's threshold from the validation composites of all folds, without the patients that it tests."""
     pool = [fold.validation for fold in folds]
     tested = [{c.slide.accession for c in fold.predictions.composites} for fold in folds]
     return [
-        dataclasses.replace(fold, threshold=threshold_of(pool, own)) for fold, own in zip(folds, tested, strict=True)
+        dataclasses.replace(fold, threshold=threshold_of(pool, own, criterion))
+        for fold, own in zip(folds, tested, strict=True)
     ]
 
 
@@ -106,7 +110,8 @@ def judge(collection: Collection, trials: list[Trial], config: Config, folder: P
         of = {trial.number: trial for trial in trials}
         bar = progress(members, f"judging {members[0].name}", len(members), True)
         found = [judge_member(collection, of[m.fold], m, config, album, folder, device) for m in bar]
-        return with_pooled_thresholds(found) if config.evaluation.threshold == "pooled" else found
+        pooled = config.evaluation.threshold == "pooled"
+        return with_pooled_thresholds(found, config.evaluation.threshold_for) if pooled else found
 
     folds = judged([mmnet_of(trial.number) for trial in trials])
     baselines = {}
@@ -149,6 +154,12 @@ def all_figures(
     if single:
         best = max(single, key=lambda name: single[name])
         figures |= {"best_single_magnification": best, "best_single_magnification_balanced_accuracy": single[best]}
+        for name, interval in paired(decided_by(folds), decided_by(baselines[best]), settings).items():
+            figures |= {
+                f"over_best_single_{name}": interval.estimate,
+                f"over_best_single_{name}_low": interval.low,
+                f"over_best_single_{name}_high": interval.high,
+            }
     return (
         figures
         | colour_figures(collection, trials, config)
@@ -158,6 +169,15 @@ def all_figures(
             "folds": len(folds),
             "seconds_per_patient": float(np.mean([fold.seconds_per_patient for fold in folds])),
         }
+    )
+
+
+def decided_by(folds: list[FoldVerdict]) -> Decided:
+    """What the folds say of their patients."""
+    return decided(
+        (composite.slide.accession, composite.slide.label, float(said), fold.threshold)
+        for fold in folds
+        for composite, said in zip(fold.predictions.composites, probability(fold.predictions.logits), strict=True)
     )
 
 

@@ -50,6 +50,10 @@ def summary(verdict: Verdict, config: Config) -> str:
         best = figures["best_single_magnification"]
         others = ", ".join(f"{m}X {figures[f'single_{m}X_balanced_accuracy']:.3f}" for m in MAGNIFICATIONS)
         lines.append(f"  baseline, a network per magnification: {others}; the best is {best}, as the test says")
+        lines.append(
+            f"  all four over {best}, paired: balanced accuracy {told('over_best_single_balanced_accuracy')}, "
+            f"AUC {told('over_best_single_auc')}"
+        )
     lines += [
         f"  baseline, nearest neighbour by colour: patients {told('colour_baseline_balanced_accuracy')}, "
         f"photographs {figures['colour_baseline_image_balanced_accuracy']:.3f}",

@@ -15,6 +15,7 @@ from histo_mmnet.splits import Trial, fold_trials, read_official
 
 SHAPING = ("data", "phantom", "split", "model", "augment", "loss", "train")
 PRODUCERS = 2  # processes that simulate patients
+VALIDATION_FOLDS = 5  # of the training accessions of an official trial, one validates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,14 @@ def with_validation(trial: Trial, seed: int) -> Trial:
     training = trial.of("train")
     if not training:
         raise config_error(f"split.official: trial {trial.number} has no training image in data.root")
-    held = set(fold_trials(training, "accession", 5, seed)[0].of("test"))
+    for label, words in enumerate(("benign", "malignant")):
+        there = len({name.accession for name in training if name.label == label})
+        if there < VALIDATION_FOLDS:
+            raise config_error(
+                f"split.official: trial {trial.number} trains on {there} {words} accessions of data.root; expected at least "
+                f"{VALIDATION_FOLDS}, of which one in {VALIDATION_FOLDS} validates"
+            )
+    held = set(fold_trials(training, "accession", VALIDATION_FOLDS, seed)[0].of("test"))
     roles = tuple("val" if name in held else role for name, role in zip(trial.names, trial.roles, strict=True))
     return dataclasses.replace(trial, roles=roles)
 

@@ -1,12 +1,14 @@
 """Figures of a binary classifier from labels, probabilities and a threshold; NaN where a figure is not defined."""
 
 import dataclasses
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
+Criterion = Literal["f1", "balanced_accuracy"]  # of a threshold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,18 +84,22 @@ def roc_curve(labels: Ints, scores: Floats) -> tuple[Floats, Floats, Floats]:
     return false_rate, true_rate, thresholds
 
 
-def best_f1_threshold(labels: Ints, scores: Floats) -> float:
-    """The threshold of the highest F1 on the precision-recall curve: midway between two scores; of equals the highest.
+def best_threshold(labels: Ints, scores: Floats, criterion: Criterion) -> float:
+    """The threshold on the precision-recall curve with the highest F1, or the highest balanced accuracy.
 
-    0.5 where no label is 1.
+    It lies midway between two scores; of equally good ones the highest counts. Both follow from a curve's counts of true and
+    false positives; F1 rewards calling everything the more frequent class, balanced accuracy does not. 0.5 where a class that
+    the criterion asks for is missing.
     """
-    if not labels.any():
+    positives, negatives = int(labels.sum()), int((labels == 0).sum())
+    if positives == 0 or (negatives == 0 and criterion == "balanced_accuracy"):
         return 0.5
     order = np.argsort(-scores, kind="stable")
     last = np.flatnonzero(np.diff(scores[order], append=-np.inf))
     true = np.cumsum(labels[order])[last]
-    f1 = 2 * true / (last + 1 + labels.sum())
-    best = int(np.argmax(f1))
+    false = last + 1 - true
+    value = 2 * true / (last + 1 + positives) if criterion == "f1" else true / positives - false / max(1, negatives)
+    best = int(np.argmax(value))
     above = float(scores[order][last[best]])
     below = float(scores[order][last[best + 1]]) if best + 1 < len(last) else 0.0
     return (above + below) / 2

@@ -1,12 +1,21 @@
 """Classification figures: known answers, the peer's values, and what is not defined."""
 
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
 import sklearn.metrics
 
-from common.metrics.classification import Confusion, best_f1_threshold, calibration, confusion, roc_auc, roc_curve
+from common.metrics.classification import (
+    Confusion,
+    Criterion,
+    best_threshold,
+    calibration,
+    confusion,
+    roc_auc,
+    roc_curve,
+)
 from common.schedule import num_plateaus, num_since_best
 
 
@@ -41,20 +50,29 @@ def test_the_curve_equals_scikit_learns(seed: int) -> None:
     assert np.trapezoid(true_rate, false_rate) == pytest.approx(roc_auc(labels, scores))
 
 
+@pytest.mark.parametrize("criterion", ["f1", "balanced_accuracy"])
 @pytest.mark.parametrize("seed", range(20))
-def test_no_threshold_has_a_higher_f1(seed: int) -> None:
+def test_no_threshold_is_better(seed: int, criterion: Criterion) -> None:
     labels, scores = drawn(seed, 40)
     probabilities = 1 / (1 + np.exp(-scores))
-    chosen = confusion(labels, probabilities >= best_f1_threshold(labels, probabilities)).f1
-    assert chosen == pytest.approx(
-        max(confusion(labels, probabilities >= cut).f1 for cut in (*probabilities, 0.0, 1.1))
-    )
+    cuts = (best_threshold(labels, probabilities, criterion), *probabilities, 0.0, 1.1)
+    chosen, *others = (getattr(confusion(labels, probabilities >= cut), criterion) for cut in cuts)
+    assert chosen == pytest.approx(max(others))
 
 
 def test_the_threshold_lies_between_two_scores() -> None:
-    assert best_f1_threshold(np.array([0, 0, 1, 1]), np.array([0.1, 0.3, 0.7, 0.9])) == pytest.approx(0.5)
-    assert best_f1_threshold(np.array([1, 1]), np.array([0.6, 0.8])) == pytest.approx(0.3)
-    assert best_f1_threshold(np.array([0, 0]), np.array([0.6, 0.8])) == 0.5
+    both, positives, negatives = np.array([0, 0, 1, 1]), np.array([1, 1]), np.array([0, 0])
+    for criterion in get_args(Criterion):
+        assert best_threshold(both, np.array([0.1, 0.3, 0.7, 0.9]), criterion) == pytest.approx(0.5)
+        assert best_threshold(negatives, np.array([0.6, 0.8]), criterion) == 0.5
+    assert best_threshold(positives, np.array([0.6, 0.8]), "f1") == pytest.approx(0.3)
+    assert best_threshold(positives, np.array([0.6, 0.8]), "balanced_accuracy") == 0.5
+
+
+def test_f1_lets_the_larger_class_win_and_balanced_accuracy_does_not() -> None:
+    labels, scores = np.array([0, 0, 1, 1, 1, *[1] * 9]), np.array([0.5, 0.4, 0.3, 0.3, 0.3, *[0.9] * 9])
+    assert confusion(labels, scores >= best_threshold(labels, scores, "f1")).specificity == 0
+    assert confusion(labels, scores >= best_threshold(labels, scores, "balanced_accuracy")).specificity == 1
 
 
 def test_what_is_not_defined_is_nan() -> None:

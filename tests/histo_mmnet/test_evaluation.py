@@ -96,11 +96,11 @@ def test_the_official_score_is_the_share_of_what_is_right() -> None:
 def test_thresholds_do_not_know_the_tested_patients() -> None:
     found = random_predictions(2, 30)
     left_out = {f"14-{patient:03d}" for patient in range(10)}
-    before = threshold_of([found], left_out)
+    before = threshold_of([found], left_out, "f1")
     tested = [k for k, composite in enumerate(found.composites) if composite.slide.accession in left_out]
     found.logits[tested] *= -7
-    assert threshold_of([found], left_out) == before
-    assert threshold_of([found], {composite.slide.accession for composite in found.composites}) == 0.5
+    assert threshold_of([found], left_out, "f1") == before
+    assert threshold_of([found], {composite.slide.accession for composite in found.composites}, "f1") == 0.5
 
 
 def test_intervals_resample_patients() -> None:
@@ -119,7 +119,7 @@ def test_a_threshold_parts_patients_not_their_composites() -> None:
     """One composite of a malignant patient looks benign: by composites the threshold would follow it."""
     logits = np.array([-2.0, -2.0, -2.0, -3.0, 4.0, 4.0, 4.0, 4.0])
     found = predictions([0, 1, 1], [3, 3, 2], logits, np.full((8, NUM_SETS), np.nan))
-    threshold = threshold_of([found], set())
+    threshold = threshold_of([found], set(), "f1")
     means = [probability(logits[a:b]).mean() for a, b in ((0, 3), (3, 6), (6, 8))]
     assert means[0] < threshold < means[1] < means[2]
     assert threshold == pytest.approx((means[0] + means[1]) / 2)

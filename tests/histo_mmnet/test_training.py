@@ -3,6 +3,7 @@
 import copy
 import csv
 import dataclasses
+import json
 import random
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import pytest
 import torch
 
 from common.errors import BAD_DATA, WRONG_CALL
+from common.files import write_text
 from common.logbook import read_metrics
 from common.parallel import process_group
+from data.phantoms.histo import write_phantom
 from histo_mmnet.comparison import patients_of
 from histo_mmnet.config import Config
 from histo_mmnet.eval import main as eval_main
@@ -21,12 +24,13 @@ from histo_mmnet.members import Member, mmnet_of
 from histo_mmnet.places import collect
 from histo_mmnet.predict import main as predict_main
 from histo_mmnet.predictions import load_member
+from histo_mmnet.scan import scan
 from histo_mmnet.slides import Album
 from histo_mmnet.train import main
 from histo_mmnet.trainer import Files, Record, begin, best_of, ends_early, learning_rate, train
 from histo_mmnet.validation import validate
 from tests.common_runs import differing, kill_at_random, run_command, said
-from tests.histo_mmnet.small_runs import changed, in_folder, saved, script, small_config
+from tests.histo_mmnet.small_runs import SMALL, changed, in_folder, saved, script, small_config
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +131,42 @@ def test_train_py_and_eval_py_from_end_to_end(
     check_predictions(config, folder, tmp_path / "new.csv", capsys)
     code, out, _ = said(eval_main, ["--run", str(folder), "--compare", str(folder)], capsys)
     assert code == 0 and "balanced accuracy +0.000 (+0.000 to +0.000)" in out and "judged before" in out
+
+
+def official_lists(breast: Path, folder: Path) -> None:
+    """Two trials as BreakHis publishes its five; each tests another third of the accessions."""
+    images = scan(breast)
+    for trial in range(2):
+        lines = []
+        for label in range(2):
+            of_class = sorted({image.name.accession for image in images if image.name.label == label})
+            for image in images:
+                name = image.name
+                if name.label == label:
+                    role = "test" if of_class.index(name.accession) % 3 == trial else "train"
+                    lines.append(f"{name.file}|{name.magnification}|{trial + 1}|{role}\n")
+        write_text(folder / f"dsfold{trial + 1}.txt", "".join(lines))
+
+
+@pytest.mark.slow
+def test_the_official_protocol_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = dataclasses.replace(SMALL, benign_accessions=12, malignant_accessions=12, sites=(1, 1))
+    breast = write_phantom(few, tmp_path / "phantom", 1)
+    official_lists(breast, tmp_path / "lists")
+    words = [f"data.root={breast}", "split.protocol=official", f"split.official={tmp_path / 'lists'}", "train.epochs=1"]
+    config = in_folder(changed(small_config(tmp_path / "small"), *words), tmp_path, "official")
+    code, out, problems = said(main, script(config, tmp_path, 0, [])[2:], capsys)
+    assert code == 0 and not problems, problems
+    code, out, problems = said(eval_main, script(config, tmp_path, 0, ["--all"])[2:], capsys)
+    assert code == 0 and not problems and "patients (16)" in out, (out, problems)
+    figures = json.loads((tmp_path / "official" / "results" / "metrics.json").read_text())
+    assert figures["n_patients"] == 16 and figures["folds"] == 2
+    fewer = (tmp_path / "lists" / "dsfold1.txt").read_text().splitlines()
+    benign = sorted({line.split("-")[2] for line in fewer if line.startswith("SOB_B") and line.endswith("train")})
+    kept = [line for line in fewer if not any(number in line for number in benign[2:])]
+    write_text(tmp_path / "lists" / "dsfold1.txt", "\n".join(kept))
+    code, out, problems = said(main, script(config, tmp_path, 0, [])[2:], capsys)
+    assert code == WRONG_CALL and "trial 0 trains on 2 benign accessions" in problems[0]
 
 
 def check_predictions(config: Config, folder: Path, output: Path, capsys: pytest.CaptureFixture[str]) -> None:
