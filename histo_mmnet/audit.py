@@ -67,7 +67,7 @@ def thumbnail(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
 def audit(trial: Trial, pictures: Pictured | None) -> list[Finding]:
     """All findings of one trial; without pictures those that names give."""
     tested = trial.of("test")
-    findings = [finding_of_units(trial)]
+    findings = [finding_of_units(trial), *findings_of_validation(trial)]
     if pictures is None:
         return findings
     number = {name: at for at, name in enumerate(pictures.names)}
@@ -86,6 +86,17 @@ def finding_of_units(trial: Trial) -> Finding:
         return Finding(f"no accession of {len({name.accession for name in tested})} tested is trained on", False)
     share = f"{images} of {len(tested)} test images ({100 * images / len(tested):.0f} %)"
     return Finding(f"{len(shared)} accessions on both sides, {share}: {listed(sorted(shared))}", True)
+
+
+def findings_of_validation(trial: Trial) -> list[Finding]:
+    """Accessions that validate and are trained on: thresholds and the best epoch would be those of seen patients."""
+    validating = {name.accession for name in trial.of("val")}
+    shared = sorted(validating & {name.accession for name in trial.of("train")})
+    if not validating:
+        return []
+    if not shared:
+        return [Finding(f"no accession of {len(validating)} that validate is trained on", False)]
+    return [Finding(f"{len(shared)} accessions both validate and are trained on: {listed(shared)}", True)]
 
 
 def findings_of_copies(pictures: Pictured, test: list[int], seen: list[int]) -> list[Finding]:

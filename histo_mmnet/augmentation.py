@@ -36,13 +36,13 @@ def prepared(batch: Batch) -> Tensor:
 def augmented(batch: Batch, settings: Augment, normalisation: str, seed: int) -> Tensor:
     """The images of a batch to train on, each changed at random, (B, S, 3, y, x) float32; empty slots are 0.
 
-    normalisation: what the images' stain was normalised by; else each image's own is estimated before it is changed.
+    normalisation: by macenko, images have its reference stain; else each image's own is estimated before it is changed.
     """
     draws = torch.tensor(np.array([draw(seed, int(p), batch.images.shape[1], settings) for p in batch.index.tolist()]))
     draws = draws.to(batch.images.device, torch.float32)[batch.present]  # (N, DRAWN)
     images = turned(batch.images[batch.present].float() / 255, draws)
     if settings.stain or settings.stain_shift:
-        stain = estimate(images) if normalisation == "none" else reference_stain(images)
+        stain = reference_stain(images) if normalisation == "macenko" else estimate(images)
         images = random_stain(images, stain, 1 + draws[:, 3:5], draws[:, 5:7])
     images = coloured(images, draws)
     if settings.blur:

@@ -14,15 +14,17 @@ import numpy as np
 from histo_mmnet.names import MAGNIFICATIONS, Magnification
 from histo_mmnet.slides import Slide
 
-Paths = tuple[Path | None, ...]  # a slot per magnification
+Paths = tuple[Path | None, ...]  # a slot per magnification, or of a bag a slot per photograph
+SLOTS = tuple(range(len(MAGNIFICATIONS)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Composite:
-    """One composite to judge."""
+    """One composite to judge, or a bag of all photographs of a patient."""
 
-    slide: Slide
+    slide: Slide  # of a bag the first one
     paths: Paths
+    magnification: tuple[int, ...]  # of each slot, its place in MAGNIFICATIONS
 
 
 def chains(slide: Slide, magnifications: tuple[Magnification, ...]) -> list[dict[int, Path]]:
@@ -62,8 +64,26 @@ def all_composites(slides: list[Slide], magnifications: tuple[Magnification, ...
                     shown[slot] = slide.images[m][turn[m] % len(slide.images[m])]
                     turn[m] += 1
             paths = (shown[slot] if slot in shown else None for slot in range(len(MAGNIFICATIONS)))
-            composites.append(Composite(slide, tuple(paths)))
+            composites.append(Composite(slide, tuple(paths), SLOTS))
     return composites
+
+
+def bag_of(slides: list[Slide], magnifications: tuple[Magnification, ...]) -> list[Composite]:
+    """All photographs of slides as one bag, coarse ones first; none where there is no photograph of the magnifications."""
+    shown = [
+        (path, slot) for slot, m in enumerate(MAGNIFICATIONS) if m in magnifications
+        for slide in slides if m in slide.images for path in slide.images[m]
+    ]  # fmt: skip
+    return [Composite(slides[0], tuple(p for p, _ in shown), tuple(slot for _, slot in shown))] if shown else []
+
+
+def drawn_bag(
+    slides: list[Slide], shown: list[Magnification], size: int, random: np.random.Generator
+) -> tuple[Paths, tuple[int, ...]]:
+    """So many photographs of a patient's slides at random, with their magnifications' places; all, where there are fewer."""
+    [bag] = bag_of(slides, tuple(shown))
+    chosen = sorted(random.permutation(len(bag.paths))[:size].tolist())
+    return tuple(bag.paths[k] for k in chosen), tuple(bag.magnification[k] for k in chosen)
 
 
 def drawn(slide: Slide, shown: list[Magnification], random: np.random.Generator) -> Paths:

@@ -10,6 +10,8 @@ from common.metrics.classification import Criterion
 from data.phantoms.histo_settings import HistoPhantom
 from histo_mmnet.scan import DoubledPolicy
 
+Protocol = Literal["accession", "slide", "official"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Data:
@@ -29,9 +31,7 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    protocol: Literal["accession", "slide", "official"] = (
-        "accession"  # slide folds, and the official ones, share patients
-    )
+    protocol: Protocol = "accession"  # slide folds, and the official ones, share patients
     num_folds: int = 5
     seed: int = 42
     official: Path | None = None  # folder of dsfold1.txt ... dsfold5.txt
@@ -54,15 +54,18 @@ class Model:
     dropout: float = 0.75  # before the last layer
     pretrained: Path | None = None  # torchvision's weights of the backbone
     frozen: bool = False  # compact: the backbone is not trained
+    bag: int = 16  # compact: photographs of a patient in a training bag; judged are all of them
 
     def problems(self) -> Iterator[str]:
-        yield from outside(self, {"width": (4, 4096), "dropout": (0, 0.99), "stages": (0, 4)})
+        yield from outside(self, {"width": (4, 4096), "dropout": (0, 0.99), "stages": (0, 4), "bag": (1, 10**4)})
         if self.stages and self.pretrained is not None:
             yield "stages: pretrained weights are of all stages; expected 0"
         if self.width % 4:
             yield f"width: expected a multiple of 4 (heads of attention), got {self.width}"
         if self.frozen and self.architecture != "compact":
             yield "frozen: is for model.architecture=compact"
+        if self.frozen and self.pretrained is None:
+            yield "pretrained: expected weights for model.frozen=true: a frozen backbone stays as it was drawn"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Batches of composites: an endless stream to train on, a list to judge.
+"""Batches of composites, or of bags of a patient's photographs: the endless stream to train on.
 
 In training, item p is the p-th draw of the run: class by a fair coin, slide by its number of photographs, and
 photographs around one of them.
@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from common.errors import UserError, data_error
 from common.streams import random_for
-from histo_mmnet.composites import Composite, Paths, drawn
+from histo_mmnet.composites import SLOTS, Paths, drawn, drawn_bag
 from histo_mmnet.names import Magnification
 from histo_mmnet.slides import Album, Slide
 
@@ -33,14 +33,14 @@ class Batch:
         return Batch(*(change(getattr(self, field.name)) for field in dataclasses.fields(self)))
 
 
-def stacked(paths: Paths, album: Album, label: int, index: int) -> Batch:
-    """A batch of one composite, a slot per magnification, None where there is no photograph."""
+def stacked(paths: Paths, magnification: tuple[int, ...], album: Album, label: int, index: int) -> Batch:
+    """A batch of one composite or bag; an empty slot where a path is None."""
     images = torch.zeros(1, len(paths), 3, *album.size, dtype=torch.uint8)
     for slot, path in enumerate(paths):
         if path is not None:
             images[0, slot] = torch.from_numpy(np.ascontiguousarray(album.read(path).transpose(2, 0, 1)))
     present = torch.tensor([[path is not None for path in paths]])
-    return Batch(images, torch.arange(len(paths))[None], present, torch.tensor([label]), torch.tensor([index]))
+    return Batch(images, torch.tensor([magnification]), present, torch.tensor([label]), torch.tensor([index]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +51,11 @@ class CompositeStream(Dataset[Batch | UserError]):
     magnifications: tuple[Magnification, ...]  # that are looked at; the others' slots stay empty
     album: Album
     missing_view: float
+    bag: int  # photographs of a patient; 0 = composites of a slide instead
     seed: int
 
-    def draw(self, position: int) -> tuple[Slide, Paths]:
-        """The slide and the photographs of a position: a pure function of it and of the seed."""
+    def draw(self, position: int) -> tuple[Slide, Paths, tuple[int, ...]]:
+        """The slide, the photographs and their magnifications' places: a pure function of the position and the seed."""
         random = random_for("composite", self.seed, position)
         label = int(random.integers(2))
         slides = self.usable(label)
@@ -62,7 +63,10 @@ class CompositeStream(Dataset[Batch | UserError]):
         slide = slides[int(random.choice(len(slides), p=weights / weights.sum()))]
         there = [m for m in self.magnifications if m in slide.images]
         shown = [m for m in there if random.random() >= self.missing_view] or [there[int(random.integers(len(there)))]]
-        return slide, drawn(slide, shown, random)
+        if self.bag:
+            of_patient = [own for own in slides if own.accession == slide.accession]
+            return slide, *drawn_bag(of_patient, shown, self.bag, random)
+        return slide, drawn(slide, shown, random), SLOTS
 
     def usable(self, label: int) -> list[Slide]:
         """Slides of a class with a photograph that is looked at."""
@@ -73,39 +77,30 @@ class CompositeStream(Dataset[Batch | UserError]):
 
     def name(self, position: int) -> str:
         """The photographs of a position in words."""
-        _, paths = self.draw(position)
+        _, paths, _ = self.draw(position)
         return f"composite {position} ({', '.join(path.name for path in paths if path is not None)})"
 
     def __getitem__(self, position: int) -> Batch | UserError:
         try:
-            slide, paths = self.draw(position)
-            return stacked(paths, self.album, slide.label, position)
+            slide, paths, magnification = self.draw(position)
+            return stacked(paths, magnification, self.album, slide.label, position)
         except UserError as error:
             return error  # as an item: a worker process would wrap what it raises in a traceback
 
 
-@dataclasses.dataclass(frozen=True)
-class CompositeList(Dataset[Batch | UserError]):
-    """Composites to judge, in order."""
-
-    composites: list[Composite]
-    album: Album
-
-    def __len__(self) -> int:
-        return len(self.composites)
-
-    def __getitem__(self, index: int) -> Batch | UserError:
-        try:
-            composite = self.composites[index]
-            return stacked(composite.paths, self.album, composite.slide.label, index)
-        except UserError as error:
-            return error
-
-
 def stack(items: list[Batch | UserError]) -> Batch | UserError:
-    """Batches one behind the other; the first error, if there is one."""
+    """Batches one behind the other, bags filled up with empty slots; the first error, if there is one."""
     for item in items:
         if isinstance(item, UserError):
             return item
     batches = [item for item in items if isinstance(item, Batch)]
-    return Batch(*(torch.cat([getattr(batch, f.name) for batch in batches]) for f in dataclasses.fields(Batch)))
+    slots = max(batch.present.shape[1] for batch in batches)
+    filled = [batch.mapped(lambda part: with_slots(part, slots)) for batch in batches]
+    return Batch(*(torch.cat([getattr(batch, f.name) for batch in filled]) for f in dataclasses.fields(Batch)))
+
+
+def with_slots(part: Tensor, slots: int) -> Tensor:
+    """A part of a batch (B, S, ...) with so many slots, the new ones 0; a part without slots (B,) as it is."""
+    if part.dim() == 1 or part.shape[1] == slots:
+        return part
+    return torch.cat([part, part.new_zeros(len(part), slots - part.shape[1], *part.shape[2:])], 1)

@@ -31,10 +31,11 @@ from common.parallel import process_group
 from histo_mmnet.comparison import compare
 from histo_mmnet.config import PRESETS, Config
 from histo_mmnet.folds import chosen_trials
-from histo_mmnet.judging import judge
+from histo_mmnet.gradcam import check_layer
+from histo_mmnet.judging import check_trained, judge
 from histo_mmnet.members import mmnet_of
 from histo_mmnet.pages import Asked, summary, write_pages
-from histo_mmnet.places import collect, run_folder, training_identity, with_nesting
+from histo_mmnet.places import collect, run_folder, training_identity, with_nesting, with_recorded_split
 from histo_mmnet.predictions import load_member
 from histo_mmnet.results import write_results
 from histo_mmnet.splits import Trial
@@ -70,7 +71,7 @@ def load_config(path: Path, fold: int) -> Config:
 def main(arguments: list[str]) -> int:
     parser = script_parser(__doc__ or "", PRESETS)
     parser.add_argument("--run", type=Path, metavar="FOLDER", help="a run's folder (its config.yaml is the base)")
-    parser.add_argument("--fold", type=int, metavar="K", help="judge one fold (default: all)")
+    parser.add_argument("--fold", type=int, metavar="K", help="judge one fold, into FOLDER/fold_K (default: all)")
     parser.add_argument("--all", action="store_true", help="all of the following")
     for name, words in FLAGS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=words)
@@ -79,23 +80,29 @@ def main(arguments: list[str]) -> int:
     )
     config, flags = parse_config(parser, PRESETS, arguments)
     folder = flags.run if flags.run is not None else run_folder(config)
+    if not (folder / "split.csv").exists():
+        raise config_error(f"--run: no run at {folder} (no split.csv); train.py with the same words makes it")
     asked = Asked(**{name: flags.all or getattr(flags, name) for name in FLAGS})
     keep_freed_memory()
     with process_group(config.train.deterministic) as device, exclusive(folder / "results"):
-        collection = collect(config)
-        for line in collection.told:
-            print(line)
+        collection = with_recorded_split(collect(config), folder)
         trials = chosen_trials(collection, flags.fold)
+        for line in (*collection.told, *check_trained(trials, folder)):
+            print(line)
         check_same_run(config, folder, trials)
-        if (folder / "results" / "metrics.json").exists():
+        if asked.gradcam:
+            check_layer(folder, trials, config)
+        # a fold by itself has other thresholds and figures than the run: they do not replace it
+        output = folder if flags.fold is None else folder / f"fold_{flags.fold}"
+        if (output / "results" / "metrics.json").exists():
             print("note: these patients were judged before; the best of several looks is not an honest figure")
         collection = with_nesting(collection, config, folder)
         verdict = judge(collection, trials, config, folder, device)
-        results = write_results(verdict, trials, folder)
-        written = write_pages(verdict, results, asked, config, folder, device)
+        results = write_results(verdict, trials, config, folder, output)
+        written = write_pages(verdict, results, asked, config, folder, output, device)
     print(summary(verdict, config))
     if flags.compare is not None:
-        print(compare(folder, flags.compare, config.evaluation))
+        print(compare(output, flags.compare, config.evaluation))
     print(*written, sep="\n")
     return 0
 

@@ -1,166 +1,203 @@
-"""Figures of predictions: of composites, photographs and patients, with intervals over patients, and what is chosen for them.
+"""Figures of predictions: of patients, of composites and of photographs, with intervals over accessions.
 
-A patient is an accession. A patient's probability is the mean over all composites, and is decided by the threshold of the fold
-that tested the patient; the official patient score is the share of a patient's composites that are right.
+A patient is an accession. Where a protocol tests slides of one accession apart (slide), or more than once (official), each
+slide of each trial is a patient of its own, as in the publications, and intervals still draw whole accessions. A patient's
+probability is the mean over all composites. The official patient score is the share of a patient's photographs that are right.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from common.metrics.classification import Criterion, best_threshold, calibration, confusion, roc_auc
-from common.metrics.intervals import Interval, bootstrap_interval
-from histo_mmnet.config import Evaluation
+from common.metrics.intervals import Interval, bootstrap_intervals
+from histo_mmnet.config import Evaluation, Protocol
+from histo_mmnet.members import Member
 from histo_mmnet.names import MAGNIFICATIONS
-from histo_mmnet.predictions import ALL, NUM_SETS, Floats, Predictions, probability
+from histo_mmnet.predictions import NUM_SETS, Floats, Predictions, probability
 from histo_mmnet.shapley import shapley_values
 
 Ints = npt.NDArray[np.int64]
+Level = Literal["patient", "composite", "image"]
+LEVELS: tuple[Level, ...] = ("patient", "composite", "image")
+FIGURES = ("accuracy", "balanced_accuracy", "f1", "auc", "precision", "recall", "specificity")
 CALIBRATION_BINS = 10
 Figures = dict[str, float | int | str]
 
 
+@dataclasses.dataclass(frozen=True)
+class Thresholds:
+    """One for each level: photographs and composites spread further than their means over a patient."""
+
+    patient: float
+    composite: float
+    image: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FoldVerdict:
+    """One member on one fold's test images; the thresholds were chosen on validation images."""
+
+    member: Member
+    validation: Predictions
+    predictions: Predictions
+    thresholds: Thresholds
+    seconds_per_patient: float  # of all that eval.py asks for: the 15 sets of magnifications, flips where configured
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Cases:
-    """Probabilities of units (composites or photographs), and the patient of each; patients are numbered from 0."""
+    """Probabilities of patients, composites or photographs, and whose they are."""
 
     probability: Floats  # (n,)
     label: Ints  # (n,)
-    patient: Ints  # (n,)
     threshold: Floats  # (n,) of the fold that tested it
+    patient: tuple[str, ...]  # n names
+    accession: tuple[str, ...]  # n names; a patient has one
 
     @property
     def positive(self) -> npt.NDArray[np.bool_]:
+        """Which are called malignant (n,)."""
         return self.probability >= self.threshold
 
     def of_patients(self) -> "Cases":
-        """Each patient's mean probability, label and threshold."""
-        count = np.bincount(self.patient)
+        """Each patient's mean probability, label and threshold; patients in order of their names."""
+        names, first, row = np.unique(np.array(self.patient, object), return_index=True, return_inverse=True)
+        count = np.bincount(row)
         mean, label, threshold = (
-            np.bincount(self.patient, values) / count for values in (self.probability, self.label, self.threshold)
+            np.bincount(row, values) / count for values in (self.probability, self.label, self.threshold)
         )
-        return Cases(mean, label.round().astype(np.int64), np.arange(len(count)), threshold)
+        accessions = tuple(self.accession[k] for k in first)
+        return Cases(mean, label.round().astype(np.int64), threshold, tuple(map(str, names)), accessions)
 
     def scores(self) -> Floats:
-        """The official patient score (patients,): the share of a patient's units that are right."""
-        return np.bincount(self.patient, self.positive == self.label) / np.bincount(self.patient)
+        """The official patient score (patients,): the share of a patient's rows that are right, in order of their names."""
+        row = np.unique(np.array(self.patient, object), return_inverse=True)[1]
+        return np.bincount(row, self.positive == self.label) / np.bincount(row)
 
 
-def cases_of(folds: Sequence[Predictions], thresholds: Sequence[float], chosen: int) -> Cases:
-    """All folds' composites with a set of magnifications by number, where they have it."""
-    rows = [(p, threshold, k) for p, threshold in zip(folds, thresholds, strict=True) for k in range(len(p.composites))]
-    values = [p.logits[k] if chosen == ALL else p.of_sets[k, chosen] for p, _, k in rows]
-    kept = [row for row, value in zip(rows, values, strict=True) if np.isfinite(value)]
-    accessions = sorted({p.composites[k].slide.accession for p, _, k in kept})
-    number = {accession: at for at, accession in enumerate(accessions)}
-    return Cases(
-        probability(np.array([value for value in values if np.isfinite(value)])),
-        np.array([p.composites[k].slide.label for p, _, k in kept]),
-        np.array([number[p.composites[k].slide.accession] for p, _, k in kept]),
-        np.array([threshold for _, threshold, _ in kept]),
+def patient_of(slide: str, accession: str, trial: int, protocol: Protocol) -> str:
+    """The patient that a slide belongs to in a trial: its accession where that is tested once and whole."""
+    return accession if protocol == "accession" else f"trial {trial} {slide}"
+
+
+def cases_of(folds: Sequence[FoldVerdict], level: Level, protocol: Protocol) -> Cases:
+    """What the folds say of all that they test, at their thresholds of a level."""
+    parts = [(fold.member.fold, fold.predictions, getattr(fold.thresholds, level)) for fold in folds]
+    return gathered(parts, level, protocol)
+
+
+def gathered(parts: Iterable[tuple[int, Predictions, float]], level: Level, protocol: Protocol) -> Cases:
+    """Predictions of trials, each with its number and threshold, as cases of a level."""
+    rows = [
+        (logit, predictions.composites[k].slide, trial, threshold)
+        for trial, predictions, threshold in parts
+        for k, logit in (
+            zip(predictions.shown_in, predictions.alone, strict=True)
+            if level == "image"
+            else enumerate(predictions.logits)
+        )
+    ]
+    cases = Cases(
+        probability(np.array([logit for logit, *_ in rows], float)),
+        np.array([slide.label for _, slide, _, _ in rows], np.int64),
+        np.array([threshold for *_, threshold in rows], float),
+        tuple(patient_of(slide.name, slide.accession, trial, protocol) for _, slide, trial, _ in rows),
+        tuple(slide.accession for _, slide, _, _ in rows),
     )
+    return cases.of_patients() if level == "patient" else cases
 
 
-def threshold_of(validation: Sequence[Predictions], left_out: set[str], criterion: Criterion) -> float:
-    """The best threshold on the precision-recall curve of validation patients, some left out; 0.5 where none is left.
+def thresholds_of(
+    validation: Sequence[tuple[int, Predictions]], left_out: set[str], criterion: Criterion, protocol: Protocol
+) -> Thresholds:
+    """The best threshold of each level on the precision-recall curve of validation predictions; 0.5 where nothing is left.
 
-    Patients, by the mean of their composites, as patients are decided: single composites spread further.
+    left_out: accessions that have no say. A threshold for patients parts their means, as that is what it decides.
     """
-    labels, means = [], []
-    for predictions in validation:
-        own: dict[str, list[int]] = {}
-        for k, composite in enumerate(predictions.composites):
-            if composite.slide.accession not in left_out:
-                own.setdefault(composite.slide.accession, []).append(k)
-        labels += [predictions.composites[rows[0]].slide.label for rows in own.values()]
-        means += [float(probability(predictions.logits[rows]).mean()) for rows in own.values()]
-    return best_threshold(np.array(labels, np.int64), np.array(means), criterion)
+    found = {}
+    for level in LEVELS:
+        cases = gathered([(trial, predictions, 0.5) for trial, predictions in validation], level, protocol)
+        kept = np.array([accession not in left_out for accession in cases.accession], bool)
+        found[level] = best_threshold(cases.label[kept], cases.probability[kept], criterion)
+    return Thresholds(**found)
 
 
-def figures_of(cases: Cases, name: str, settings: Evaluation) -> Figures:
-    """All figures of units, called name_..., with intervals over resampled patients for the main ones."""
-    counts = confusion(cases.label, cases.positive)
-    figures: Figures = {
-        f"{name}_accuracy": counts.accuracy,
-        f"{name}_balanced_accuracy": counts.balanced_accuracy,
-        f"{name}_f1": counts.f1,
-        f"{name}_auc": roc_auc(cases.label, cases.probability),
-        f"{name}_precision": counts.precision,
-        f"{name}_recall": counts.recall,
-        f"{name}_specificity": counts.specificity,
-        f"n_{name}s": len(cases.label),
-    }
-    for figure, statistic in (("balanced_accuracy", balanced_accuracy_of), ("auc", auc_of)):
-        interval = over_patients(cases, statistic, settings)
-        figures |= {f"{name}_{figure}_low": interval.low, f"{name}_{figure}_high": interval.high}
+def figures_of(cases: Cases, level: str, settings: Evaluation) -> Figures:
+    """All figures of cases, called LEVEL_..., each with its interval over accessions."""
+
+    def all_of(rows: Ints) -> list[float]:
+        label = cases.label[rows]
+        counts, area = confusion(label, cases.positive[rows]), roc_auc(label, cases.probability[rows])
+        return [area if name == "auc" else getattr(counts, name) for name in FIGURES]
+
+    figures: Figures = {f"n_{level}s": len(cases.label)}
+    for name, interval in zip(FIGURES, over_accessions(cases.accession, all_of, settings), strict=True):
+        figures |= with_interval(f"{level}_{name}", interval)
     return figures
 
 
-def balanced_accuracy_of(cases: Cases) -> float:
-    return confusion(cases.label, cases.positive).balanced_accuracy
+def with_interval(name: str, interval: Interval) -> Figures:
+    """A figure and the ends of its interval."""
+    return {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
 
 
-def auc_of(cases: Cases) -> float:
-    return roc_auc(cases.label, cases.probability)
+def over_accessions(
+    accession: Sequence[str], statistics: Callable[[Ints], Sequence[float]], settings: Evaluation
+) -> list[Interval]:
+    """Intervals of statistics of rows when whole accessions are drawn with replacement.
 
+    Networks and thresholds stay as they are: the intervals are about other patients, not about other trainings.
+    """
+    number = np.unique(np.array(accession, object), return_inverse=True)[1]
+    rows = np.split(np.argsort(number, kind="stable"), np.cumsum(np.bincount(number))[:-1])  # of each accession
 
-def over_patients(cases: Cases, statistic: Callable[[Cases], float], settings: Evaluation) -> Interval:
-    """The interval of a statistic when whole patients are drawn with replacement."""
-    order = np.argsort(cases.patient, kind="stable")
-    rows = np.split(order, np.cumsum(np.bincount(cases.patient))[:-1])  # of each patient
+    def resampled(drawn: Ints) -> Sequence[float]:
+        return statistics(np.concatenate([rows[k] for k in drawn]))
 
-    def resampled(patients: Ints) -> float:
-        chosen = np.concatenate([rows[patient] for patient in patients])
-        return statistic(Cases(*(getattr(cases, f.name)[chosen] for f in dataclasses.fields(Cases))))
-
-    return bootstrap_interval(resampled, len(rows), settings.bootstrap_resamples, settings.confidence, settings.seed)
+    return bootstrap_intervals(resampled, len(rows), settings.bootstrap_resamples, settings.confidence, settings.seed)
 
 
 def recognition_rate(cases: Cases, settings: Evaluation) -> Interval:
-    """The mean over patients of the official patient score."""
+    """The mean over patients of the share of their rows that are right; of photographs, the official figure."""
     scores = cases.scores()
-
-    def mean(chosen: Ints) -> float:
-        return float(scores[chosen].mean())
-
-    return bootstrap_interval(mean, len(scores), settings.bootstrap_resamples, settings.confidence, settings.seed)
+    return over_accessions(cases.of_patients().accession, lambda rows: (float(scores[rows].mean()),), settings)[0]
 
 
 def calibration_error(cases: Cases) -> float:
+    """The expected calibration error (Naeini et al. 2015), 0 for probabilities that come true."""
     return calibration(cases.label, cases.probability, CALIBRATION_BINS)[3]
 
 
-def scores_of_sets(folds: Sequence[Predictions]) -> tuple[Ints, Floats]:
-    """Each patient's label (patients,) and mean probability with each set (patients, 16), 0.5 where nothing of it was taken."""
-    said: dict[str, list[Floats]] = {}
-    labels: dict[str, int] = {}
-    for predictions in folds:
-        for composite, logits in zip(predictions.composites, predictions.of_sets, strict=True):
-            said.setdefault(composite.slide.accession, []).append(probability(logits))
-            labels[composite.slide.accession] = composite.slide.label
+def scores_of_sets(folds: Sequence[FoldVerdict], protocol: Protocol) -> tuple[Cases, Floats]:
+    """The patients, and their mean probability with each set (patients, 16), 0.5 where nothing of it was taken."""
+    patients = cases_of(folds, "patient", protocol)
+    row = {name: k for k, name in enumerate(patients.patient)}
+    said: list[list[Floats]] = [[] for _ in row]
+    for fold in folds:
+        for composite, logits in zip(fold.predictions.composites, fold.predictions.of_sets, strict=True):
+            slide = composite.slide
+            name = patient_of(slide.name, slide.accession, fold.member.fold, protocol)
+            said[row[name]].append(probability(logits))
     scores = np.full((len(said), NUM_SETS), 0.5)
-    for row, accession in enumerate(sorted(said)):
-        own = np.array(said[accession])  # (composites, 16), NaN where a composite shows nothing of a set
+    for k, own in enumerate(map(np.array, said)):  # (composites, 16), NaN where a composite shows nothing of a set
         there = np.isfinite(own)
         known = there.any(0)
-        scores[row, known] = np.where(there, own, 0).sum(0)[known] / there.sum(0)[known]
-    return np.array([labels[accession] for accession in sorted(said)]), scores
+        scores[k, known] = np.where(there, own, 0).sum(0)[known] / there.sum(0)[known]
+    return patients, scores
 
 
-def magnification_importance(folds: Sequence[Predictions], settings: Evaluation) -> list[Interval]:
+def magnification_importance(folds: Sequence[FoldVerdict], protocol: Protocol, settings: Evaluation) -> list[Interval]:
     """What each magnification adds to the patients' AUC: exact Shapley values of the 16 sets, no image being worth 0.5."""
-    label, scores = scores_of_sets(folds)
+    patients, scores = scores_of_sets(folds, protocol)
 
-    def values(chosen: Ints) -> Floats:
-        return shapley_values(np.array([roc_auc(label[chosen], scores[chosen, k]) for k in range(NUM_SETS)]))
+    def values(rows: Ints) -> list[float]:
+        areas = np.array([roc_auc(patients.label[rows], scores[rows, k]) for k in range(NUM_SETS)])
+        return [float(value) for value in shapley_values(areas)]
 
-    def of_magnification(m: int) -> Callable[[Ints], float]:
-        return lambda chosen: float(values(chosen)[m])
-
-    count = min(settings.bootstrap_resamples, 500)
-    return [
-        bootstrap_interval(of_magnification(m), len(label), count, settings.confidence, settings.seed)
-        for m in range(len(MAGNIFICATIONS))
-    ]
+    found = over_accessions(patients.accession, values, settings)
+    assert len(found) == len(MAGNIFICATIONS)
+    return found

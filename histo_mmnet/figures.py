@@ -68,10 +68,9 @@ def draw_importance(results: list[dict[str, Any]], shapley: list[Interval], path
     save_figure(figure, path)
 
 
-def draw_decisions(cases: Cases, path: Path) -> None:
+def draw_decisions(patients: Cases, cases: Cases, path: Path) -> None:
     """The patients' confusion matrix, and how often composites of a probability are malignant."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4))
-    patients = cases.of_patients()
     counts = confusion(patients.label, patients.positive)
     table = np.array([[counts.true_negative, counts.false_positive], [counts.false_negative, counts.true_positive]])
     left.imshow(table, cmap="Blues", vmin=0)

@@ -9,14 +9,16 @@ import torch.distributed as dist
 from common.errors import config_error
 from common.parallel import all_ranks_do
 from common.precision import tell_precision
-from histo_mmnet.composites import all_composites
+from histo_mmnet.composites import Composite, all_composites, bag_of
 from histo_mmnet.config import Config
-from histo_mmnet.members import Member, build_network, count_trainable, mmnet_of
+from histo_mmnet.members import Member, build_network, count_trainable, mmnet_of, pools_patients
 from histo_mmnet.places import Collection, images_of, slides_of_role
 from histo_mmnet.scan import Image
-from histo_mmnet.slides import Album
-from histo_mmnet.splits import Trial
+from histo_mmnet.slides import Album, Slide
+from histo_mmnet.splits import Role, Trial
 from histo_mmnet.trainer import Material, Record, best_of, train
+
+SEEN: tuple[Role, ...] = ("train", "val")  # by a network
 
 
 def chosen_trials(collection: Collection, fold: int | None) -> list[Trial]:
@@ -29,15 +31,32 @@ def chosen_trials(collection: Collection, fold: int | None) -> list[Trial]:
     return [collection.trials[numbers.index(fold)]]
 
 
-def material_of(collection: Collection, trial: Trial, member: Member, album: Album) -> Material:
+def material_of(collection: Collection, trial: Trial, member: Member, album: Album, config: Config) -> Material:
     """What a member of a trial is trained and validated on."""
-    roles = {role: images_of(collection, trial, role) for role in ("train", "val")}
-    facts = [f"{role} {i.name.file} {i.path.stat().st_size}" for role, images in roles.items() for i in images]
-    for role, images in roles.items():
-        check_shows_both_classes(member, role, images)
-    digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
-    val = all_composites(slides_of_role(collection, trial, "val"), member.magnifications)
+    for role in SEEN:
+        check_shows_both_classes(member, role, images_of(collection, trial, role))
+    digest = images_digest(collection, trial)
+    val = composites_of(collection, trial, member, "val", config)
     return Material(member, slides_of_role(collection, trial, "train"), val, album, digest)
+
+
+def composites_of(collection: Collection, trial: Trial, member: Member, role: Role, config: Config) -> list[Composite]:
+    """What a member judges of a role: composites of slides, or the patients' bags where the network pools those."""
+    slides = slides_of_role(collection, trial, role)
+    if not pools_patients(member, config.model):
+        return all_composites(slides, member.magnifications)
+    patients: dict[str, list[Slide]] = {}
+    for slide in slides:  # one that is tested apart from others of its accession is judged apart
+        whole = config.split.protocol == "accession"
+        patients.setdefault(slide.accession if whole else slide.name, []).append(slide)
+    return [bag for own in patients.values() for bag in bag_of(own, member.magnifications)]
+
+
+def images_digest(collection: Collection, trial: Trial) -> str:
+    """Of names, roles and sizes of all files that a trial trains or validates on."""
+    found = [(role, image) for role in SEEN for image in images_of(collection, trial, role)]
+    facts = [f"{role} {image.name.file} {image.path.stat().st_size}" for role, image in found]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
 
 
 def check_shows_both_classes(member: Member, role: str, images: list[Image]) -> None:
@@ -60,7 +79,7 @@ def train_members(
     trials = {trial.number: trial for trial in collection.trials}
     found: dict[Member, list[Record]] = {}
     # all are looked at before the first is trained
-    materials = all_ranks_do(lambda: [material_of(collection, trials[m.fold], m, album) for m in members])
+    materials = all_ranks_do(lambda: [material_of(collection, trials[m.fold], m, album, config) for m in members])
     for member, material in zip(members, materials, strict=True):
         found[member] = train(material, config, folder, device)
         if dist.get_rank() == 0:

@@ -7,6 +7,7 @@ back on a blurred picture; areas under both curves, beside those of a random ord
 """
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +20,28 @@ from torch import Tensor, nn
 from common.errors import config_error
 from common.figures import save_figure
 from common.files import write_text
+from common.logbook import progress
 from common.precision import autocast
 from common.streams import random_for
 from histo_mmnet.augmentation import prepared
-from histo_mmnet.composites import Composite
+from histo_mmnet.composites import Composite, all_composites
 from histo_mmnet.config import Config
 from histo_mmnet.dataset import stacked
-from histo_mmnet.judging import FoldVerdict, Verdict
-from histo_mmnet.members import Network
-from histo_mmnet.names import MAGNIFICATIONS
+from histo_mmnet.evaluation import FoldVerdict
+from histo_mmnet.judging import Verdict
+from histo_mmnet.members import Network, mmnet_of
+from histo_mmnet.names import CLASSES, MAGNIFICATIONS
 from histo_mmnet.predictions import load_member, probability
 from histo_mmnet.results import as_csv
-from histo_mmnet.slides import Album
+from histo_mmnet.slides import Album, Slide
+from histo_mmnet.splits import Trial
 from histo_mmnet.trainer import Files
 
 STEPS = 10  # of taking away and putting back
 BLURRED = 9  # pixels of the mean that stands for nothing
 PER_FOLD = 1  # patients of each class that are drawn
+TINY = 1e-12  # least probability whose logit is taken
+SCORES = ("deletion", "random_deletion", "insertion", "random_insertion")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,7 +49,8 @@ class Explained:
     """A composite's maps and how faithful they are."""
 
     composite: Composite
-    logit: float
+    probability: float  # of malignancy
+    is_malignant: bool  # the decision that is explained
     maps: npt.NDArray[np.float64]  # (4, y, x) of the photographs' size, 0..1 over all four; 0 where there is none
     deletion: float  # area under the probability of the decision, lower is better
     insertion: float  # higher is better
@@ -66,30 +73,74 @@ def hooked_modules(network: Network, layer: str) -> list[nn.Module]:
 
 
 def activation_maps(
-    network: Network, images: Tensor, magnification: Tensor, present: Tensor, layer: str, precision: str
+    network: Network,
+    images: Tensor,
+    magnification: Tensor,
+    present: Tensor,
+    layer: str,
+    threshold: float,
+    precision: str,
 ) -> tuple[Tensor, float]:
-    """Grad-CAM (4, h, w) of one composite (1, 4, 3, y, x) for its decision, and the logit; empty slots are 0."""
+    """Grad-CAM (S, h, w) of one composite (1, S, 3, y, x) for its decision, and the logit; empty slots are 0.
+
+    threshold: the logit from which on the decision is malignant. Raises a config error where the layer gives no maps.
+    """
     outputs: list[Tensor] = []
+    passed: list[int] = []  # modules, each once if maps are to be had
 
     def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        assert output.dim() == 4, f"Expected a layer of maps (N, C, h, w), got {tuple(output.shape)}"
         outputs.append(output)
+        passed.append(id(module))
 
     handles = [module.register_forward_hook(keep) for module in hooked_modules(network, layer)]
     try:
         with torch.enable_grad(), autocast(images.device, precision):
             logit = network(images.requires_grad_(), magnification, present)[0]
-        gradients = torch.autograd.grad(logit if logit > 0 else -logit, outputs)
+        axes = [found for output in outputs if (found := axes_of_maps(output, tuple(images.shape[3:]))) is not None]
+        if not axes or len(axes) < len(outputs) or len(set(passed)) < len(passed):
+            shapes = ", ".join(str(tuple(output.shape)) for output in outputs[:3] if isinstance(output, Tensor))
+            raise config_error(
+                f"evaluation.gradcam_layer: {layer!r} gives no maps (its outputs: {shapes or 'none'}); expected a layer that "
+                "is passed once and gives rows x columns x channels, like the end of a stage"
+            )
+        gradients = torch.autograd.grad(logit if logit >= threshold else -logit, outputs)
     finally:
         for handle in handles:
             handle.remove()
     maps = torch.cat([
-        (gradient.float().mean((2, 3), keepdim=True) * output.detach().float()).sum(1).clamp(min=0)
-        for gradient, output in zip(gradients, outputs, strict=True)
+        (gradient.float().mean(places, keepdim=True) * output.detach().float()).sum(channels).clamp(min=0)
+        for gradient, output, (places, channels) in zip(gradients, outputs, axes, strict=True)
     ])  # (present slots, h, w), in order of magnification  # fmt: skip
     slots = maps.new_zeros(present.shape[1], *maps.shape[1:])
     slots[present[0]] = maps
     return slots, float(logit.detach())
+
+
+def axes_of_maps(output: Any, size: tuple[int, ...]) -> tuple[tuple[int, int], int] | None:
+    """The axes of places and of channels of a layer's output: (N, C, h, w), or (N, h, w, C) as Swin has them; None for others.
+
+    Maps of photographs (y, x) have their proportions.
+    """
+    if not isinstance(output, Tensor) or output.dim() != 4:
+        return None
+    for places, channels in (((2, 3), 1), ((1, 2), 3)):
+        cells = [(edge, output.shape[axis]) for edge, axis in zip(size, places, strict=True)]
+        # pixels per cell, the same along both: between those of one cell more and one cell fewer
+        least = max(edge / (number + 1) for edge, number in cells)
+        most = min(edge / (number - 1) if number > 1 else math.inf for edge, number in cells)
+        if least < most:
+            return places, channels
+    return None
+
+
+def check_layer(folder: Path, trials: list[Trial], config: Config) -> None:
+    """A config error where the layer to look at is none, before hours are spent on figures."""
+    member = mmnet_of(trials[0].number)
+    network, trained = load_member(Files.of(folder, member).best, member, torch.device("cpu"))
+    present = torch.ones(1, len(MAGNIFICATIONS), dtype=torch.bool)
+    images = torch.zeros(*present.shape, 3, *trained.data.image_size)
+    places = torch.arange(len(MAGNIFICATIONS))[None]
+    activation_maps(network, images, places, present, config.evaluation.gradcam_layer, 0.0, "float32")
 
 
 def enlarged(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -105,7 +156,7 @@ def decision_curves(
     magnification: Tensor,
     present: Tensor,
     order: Tensor,
-    logit: float,
+    is_malignant: bool,
     precision: str,
 ) -> tuple[float, float]:
     """Areas under the decision's probability while pixels are taken away and put back; order (4, y, x): high goes first."""
@@ -120,73 +171,78 @@ def decision_curves(
             shown = torch.where(marked, pooled, images) if takes_away else torch.where(marked, images, pooled)
             with autocast(images.device, precision):
                 value = float(network(shown, magnification, present)[0])
-            p = float(probability(np.array([value if logit > 0 else -value]))[0])
-            values.append(p)
+            values.append(probability_of(value if is_malignant else -value))
         curves.append(float(np.trapezoid(values, dx=1 / STEPS)))
     return curves[0], curves[1]
 
 
-def explain(network: Network, composite: Composite, album: Album, config: Config, seed: int) -> Explained:
-    """Maps and faithfulness of one composite."""
+def probability_of(logit: float) -> float:
+    """1 / (1 + exp(-x))."""
+    return float(probability(np.array([logit]))[0])
+
+
+def explain(network: Network, composite: Composite, album: Album, config: Config, threshold: float) -> Explained:
+    """Maps and faithfulness of one composite, for the decision at a threshold of its probability."""
     device, precision = next(network.parameters()).device, config.train.precision
-    batch = stacked(composite.paths, album, composite.slide.label, 0).mapped(lambda part: part.to(device))
-    images = prepared(batch)
-    maps, logit = activation_maps(
-        network, images, batch.magnification, batch.present, config.evaluation.gradcam_layer, precision
-    )
+    batch = stacked(composite.paths, composite.magnification, album, composite.slide.label, 0)
+    batch = batch.mapped(lambda part: part.to(device))
+    images, where = prepared(batch), (batch.magnification, batch.present)
+    limit = math.log(max(threshold, TINY) / max(1 - threshold, TINY))
+    maps, logit = activation_maps(network, images, *where, config.evaluation.gradcam_layer, limit, precision)
     images = images.detach()
     large = enlarged(maps, album.size)
-    chance = torch.from_numpy(random_for("random order", seed).random(large.shape)).to(large)
-    curves = [
-        decision_curves(network, images, batch.magnification, batch.present, order, logit, precision)
-        for order in (large, chance)
-    ]
-    shown = np.asarray(large.double().cpu().numpy(), np.float64)
-    return Explained(composite, logit, shown, curves[0][0], curves[0][1], curves[1][0], curves[1][1])
+    chance = torch.from_numpy(random_for("random order", config.evaluation.seed).random(large.shape)).to(large)
+    marked, random = (
+        decision_curves(network, images, *where, order, logit >= limit, precision) for order in (large, chance)
+    )
+    shown = np.asarray(large.cpu().double().numpy(), np.float64)
+    return Explained(composite, probability_of(logit), logit >= limit, shown, *marked, *random)
 
 
 def chosen_composites(fold: FoldVerdict) -> list[Composite]:
     """The first composite of some patients of each class, each patient once."""
     chosen: list[Composite] = []
     for label in (0, 1):
-        seen: dict[str, Composite] = {}
+        seen: dict[str, Slide] = {}
         for composite in fold.predictions.composites:
             if composite.slide.label == label:
-                seen.setdefault(composite.slide.accession, composite)
-        chosen += list(seen.values())[:PER_FOLD]
+                seen.setdefault(composite.slide.accession, composite.slide)
+        chosen += [all_composites([slide], MAGNIFICATIONS)[0] for slide in list(seen.values())[:PER_FOLD]]
     return chosen
 
 
-def draw_gradcams(verdict: Verdict, config: Config, folder: Path, device: torch.device) -> list[tuple[Path, str]]:
+def draw_gradcams(
+    verdict: Verdict, config: Config, folder: Path, output: Path, device: torch.device
+) -> list[tuple[Path, str]]:
     """A picture per chosen patient in gradcam/, scores in results/gradcam_scores.csv; returns pictures and their words."""
     album, pictures, rows = Album.of(config), [], []
-    for fold in verdict.folds:
+    for fold in progress(verdict.folds, "drawing Grad-CAM", len(verdict.folds), True):
         network, trained = load_member(Files.of(folder, fold.member).best, fold.member, device)
         used = dataclasses.replace(trained, evaluation=config.evaluation)
         for composite in chosen_composites(fold):
-            found = explain(network, composite, album, used, config.evaluation.seed)
-            path = folder / "gradcam" / f"fold_{fold.member.fold}_{composite.slide.accession}.png"
-            draw_explained(found, album, fold.threshold, path)
-            rows.append({"fold": fold.member.fold, "accession": composite.slide.accession, "label": composite.slide.label,
-                         "probability": round(float(probability(np.array([found.logit]))[0]), 4),
-                         **{name: round(getattr(found, name), 4)
-                            for name in ("deletion", "random_deletion", "insertion", "random_insertion")}})  # fmt: skip
-            pictures.append((path, caption(found)))
-    write_text(folder / "results" / "gradcam_scores.csv", as_csv(rows))
+            slide = composite.slide
+            found = explain(network, composite, album, used, fold.thresholds.composite)
+            path = output / "gradcam" / f"fold_{fold.member.fold}_{slide.accession}.png"
+            truth = CLASSES["BM"[slide.label]]
+            draw_explained(found, album, f"truly {truth}", path)
+            rows.append({"fold": fold.member.fold, "accession": slide.accession, "label": slide.label,
+                         "probability": round(found.probability, 4),
+                         **{name: round(getattr(found, name), 4) for name in SCORES}})  # fmt: skip
+            pictures.append((path, caption(found, truth)))
+    write_text(output / "results" / "gradcam_scores.csv", as_csv(rows))
     return pictures
 
 
-def caption(found: Explained) -> str:
-    slide = found.composite.slide
+def caption(found: Explained, truth: str) -> str:
+    """A picture's words."""
     return (
-        f"{slide.name}, {'malignant' if slide.label else 'benign'}: probability of malignancy "
-        f"{float(probability(np.array([found.logit]))[0]):.3f}. Taking away what is marked: {found.deletion:.3f} (random order "
-        f"{found.random_deletion:.3f}; lower is better); putting it back: {found.insertion:.3f} ({found.random_insertion:.3f}; "
-        "higher is better)."
+        f"{found.composite.slide.name}, {truth}: probability of malignancy {found.probability:.3f}. Taking away what is "
+        f"marked: {found.deletion:.3f} (random order {found.random_deletion:.3f}; lower is better); putting it back: "
+        f"{found.insertion:.3f} ({found.random_insertion:.3f}; higher is better)."
     )
 
 
-def draw_explained(found: Explained, album: Album, threshold: float, path: Path) -> None:
+def draw_explained(found: Explained, album: Album, words: str, path: Path) -> None:
     """The photographs above, the maps over them below."""
     height = 2 * 2.75 * album.size[0] / album.size[1] + 0.6
     spacing = {"hspace": 0.03, "wspace": 0.03, "top": 1 - 0.6 / height, "bottom": 0.0, "left": 0.0, "right": 1.0}
@@ -201,8 +257,7 @@ def draw_explained(found: Explained, album: Album, threshold: float, path: Path)
             if row:
                 panel.imshow(found.maps[column], cmap="inferno", alpha=0.5, vmin=0, vmax=1)
         axes[0, column].set_title(f"{m}X" if photograph is not None else f"{m}X: none", fontsize=9)
-    p = float(probability(np.array([found.logit]))[0])
-    said = "malignant" if p >= threshold else "benign"
-    true = "malignant" if found.composite.slide.label else "benign"
-    figure.suptitle(f"{found.composite.slide.name}: {said} ({p:.2f}), truly {true}", fontsize=10)
+    said = CLASSES["BM"[found.is_malignant]]
+    title = f"{found.composite.slide.name}: {said} ({found.probability:.2f}){', ' * bool(words)}{words}"
+    figure.suptitle(title, fontsize=10)
     save_figure(figure, path)

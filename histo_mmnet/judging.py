@@ -7,46 +7,34 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.errors import config_error
-from common.logbook import progress
-from common.metrics.classification import Criterion, roc_auc
+from common.checkpoint import load_checkpoint
+from common.errors import config_error, data_error
+from common.logbook import progress, read_metrics
+from common.metrics.classification import confusion
 from histo_mmnet.colours import colour_table, nearest
-from histo_mmnet.comparison import Decided, decided, paired
-from histo_mmnet.composites import Composite, all_composites
+from histo_mmnet.comparison import paired
 from histo_mmnet.config import Config
 from histo_mmnet.evaluation import (
+    LEVELS,
     Cases,
     Figures,
-    balanced_accuracy_of,
+    FoldVerdict,
+    Level,
     calibration_error,
     cases_of,
     figures_of,
-    over_patients,
+    patient_of,
     recognition_rate,
-    threshold_of,
+    thresholds_of,
+    with_interval,
 )
-from histo_mmnet.members import Member, baselines_of, mmnet_of
-from histo_mmnet.names import MAGNIFICATIONS
-from histo_mmnet.places import Collection, slides_of_role
-from histo_mmnet.predictions import ALL, NUM_SETS, Predictions, load_member, predict, probability
+from histo_mmnet.folds import composites_of, images_digest
+from histo_mmnet.members import KIND, Member, baselines_of, mmnet_of
+from histo_mmnet.places import Collection
+from histo_mmnet.predictions import ALL, NUM_SETS, load_member, predict
 from histo_mmnet.slides import Album
-from histo_mmnet.splits import Trial
-from histo_mmnet.trainer import Files
-
-SUMMARY = ("accuracy", "balanced_accuracy", "f1", "auc", "precision", "recall")
-CURVES = {"train_losses": "train_loss", "val_losses": "val_loss", "val_balanced_accuracies": "val_balanced_accuracy",
-          "val_aucs": "val_auc", "learning_rates": "learning_rate"}  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class FoldVerdict:
-    """One member on one fold's test images; the threshold was chosen on validation images."""
-
-    member: Member
-    validation: Predictions
-    predictions: Predictions
-    threshold: float
-    seconds_per_patient: float
+from histo_mmnet.splits import Trial, shared_units
+from histo_mmnet.trainer import MONITOR, Files, ends_early
 
 
 def judge_member(
@@ -58,38 +46,61 @@ def judge_member(
     folder: Path,
     device: torch.device,
 ) -> FoldVerdict:
-    """Predict the validation and the test composites; the threshold is that of this fold alone."""
+    """Predict the validation and the test composites; the thresholds are those of this fold alone."""
     path = Files.of(folder, member).best
-    if not path.exists():
-        script = "train.py" if not member.prefix else "train_single_mag.py"
-        raise config_error(
-            f"--run: no weights at {path}; {script} with the same words and --fold {member.fold} trains them"
-        )
     network, trained = load_member(path, member, device)
+    check_images(path, images_digest(collection, trial))
     used = dataclasses.replace(trained, evaluation=config.evaluation)
-    validation = predict(network, composites_of(collection, trial, member, "val"), album, used, (ALL,))
-    composites = composites_of(collection, trial, member, "test")
+    validation = predict(network, composites_of(collection, trial, member, "val", trained), album, used, (ALL,))
+    composites = composites_of(collection, trial, member, "test", trained)
     began = time.perf_counter()
     predictions = predict(network, composites, album, used, (ALL,) if member.prefix else range(1, NUM_SETS))
     patients = len({composite.slide.accession for composite in composites})
     seconds = (time.perf_counter() - began) / max(1, patients)
-    return FoldVerdict(
-        member, validation, predictions, threshold_of([validation], set(), config.evaluation.threshold_for), seconds
-    )
+    own = thresholds_of([(trial.number, validation)], set(), config.evaluation.threshold_for, config.split.protocol)
+    return FoldVerdict(member, validation, predictions, own, seconds)
 
 
-def with_pooled_thresholds(folds: list[FoldVerdict], criterion: Criterion) -> list[FoldVerdict]:
-    """Each fold's threshold from the validation composites of all folds, without the patients that it tests."""
-    pool = [fold.validation for fold in folds]
+def check_images(path: Path, digest: str) -> None:
+    """A data error where a network was trained or validated on other files than those of its trial here."""
+    if load_checkpoint(path, KIND, {"images": str})["images"] != digest:
+        raise data_error(
+            f"{path}: was trained on other images than data.root holds now (a file's name or size changed); restore them, or "
+            "train anew with --fresh"
+        )
+
+
+def with_pooled_thresholds(folds: list[FoldVerdict], config: Config) -> list[FoldVerdict]:
+    """Each fold's thresholds from the validation composites of all folds, without the patients that it tests."""
+    pool = [(fold.member.fold, fold.validation) for fold in folds]
     tested = [{c.slide.accession for c in fold.predictions.composites} for fold in folds]
+    criterion, protocol = config.evaluation.threshold_for, config.split.protocol
     return [
-        dataclasses.replace(fold, threshold=threshold_of(pool, own, criterion))
+        dataclasses.replace(fold, thresholds=thresholds_of(pool, own, criterion, protocol))
         for fold, own in zip(folds, tested, strict=True)
     ]
 
 
-def composites_of(collection: Collection, trial: Trial, member: Member, role: str) -> list[Composite]:
-    return all_composites(slides_of_role(collection, trial, role), member.magnifications)
+def check_trained(trials: list[Trial], folder: Path) -> list[str]:
+    """Lines about networks whose training did not end; a config error where a fold has none."""
+    told = []
+    for trial in trials:
+        files = Files.of(folder, mmnet_of(trial.number))
+        if not files.best.exists():
+            raise config_error(
+                f"--run: no weights at {files.best}; train.py with the same words and --fold {trial.number} trains them"
+            )
+        for member in (mmnet_of(trial.number), *baselines_of(trial.number)):
+            files = Files.of(folder, member)
+            if files.best.exists():
+                config = load_member(files.best, member, torch.device("cpu"))[1]
+                records = read_metrics(files.metrics, (MONITOR,))
+                if len(records) < config.train.epochs and not ends_early(records, config):
+                    told.append(
+                        f"{member.name} of fold {member.fold} stopped at epoch {len(records)} of {config.train.epochs}; "
+                        "train.py continues it"
+                    )
+    return told
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,7 +109,7 @@ class Verdict:
 
     folds: list[FoldVerdict]
     baselines: dict[str, list[FoldVerdict]]
-    cases: Cases  # MMNet's composites
+    cases: dict[Level, Cases]  # of MMNet
     figures: Figures
 
 
@@ -110,96 +121,54 @@ def judge(collection: Collection, trials: list[Trial], config: Config, folder: P
         of = {trial.number: trial for trial in trials}
         bar = progress(members, f"judging {members[0].name}", len(members), True)
         found = [judge_member(collection, of[m.fold], m, config, album, folder, device) for m in bar]
-        pooled = config.evaluation.threshold == "pooled"
-        return with_pooled_thresholds(found, config.evaluation.threshold_for) if pooled else found
+        return with_pooled_thresholds(found, config) if config.evaluation.threshold == "pooled" else found
 
     folds = judged([mmnet_of(trial.number) for trial in trials])
     baselines = {}
     if all(Files.of(folder, member).best.exists() for trial in trials for member in baselines_of(trial.number)):
         columns = zip(*(baselines_of(trial.number) for trial in trials), strict=True)
         baselines = {members[0].name: judged(list(members)) for members in columns}
-    cases = cases_of([f.predictions for f in folds], [f.threshold for f in folds], ALL)
-    return Verdict(folds, baselines, cases, all_figures(folds, baselines, cases, collection, trials, config))
+    cases = {level: cases_of(folds, level, config.split.protocol) for level in LEVELS}
+    figures = main_figures(folds, cases, config) | single_figures(cases["patient"], baselines, config)
+    figures |= colour_figures(collection, trials, config) | protocol_figures(trials, cases["patient"], config)
+    return Verdict(folds, baselines, cases, figures)
 
 
-def all_figures(
-    folds: list[FoldVerdict],
-    baselines: dict[str, list[FoldVerdict]],
-    cases: Cases,
-    collection: Collection,
-    trials: list[Trial],
-    config: Config,
-) -> Figures:
-    """The flat table of metrics.json."""
-    settings = config.evaluation
-    rate = recognition_rate(cases, settings)
-    figures = figures_of(cases.of_patients(), "patient", settings) | {
-        "patient_recognition_rate": rate.estimate,
-        "patient_recognition_rate_low": rate.low,
-        "patient_recognition_rate_high": rate.high,
+def main_figures(folds: list[FoldVerdict], cases: dict[Level, Cases], config: Config) -> Figures:
+    """Of MMNet at each level."""
+    figures: Figures = {}
+    for level, own in progress(cases.items(), "intervals", len(cases), True):
+        figures |= figures_of(own, level, config.evaluation)
+        figures[f"{level}_calibration_error"] = calibration_error(own)
+    figures |= with_interval("patient_recognition_rate", recognition_rate(cases["image"], config.evaluation))
+    figures |= with_interval("patient_composite_rate", recognition_rate(cases["composite"], config.evaluation))
+    return figures | {
+        "folds": len(folds),
+        "seconds_per_patient": float(np.mean([fold.seconds_per_patient for fold in folds])),
     }
-    figures |= figures_of(cases, "composite", settings) | {"composite_calibration_error": calibration_error(cases)}
-    figures |= figures_of(photographs_of(folds), "image", settings)
-    single = {}
-    for name, own in baselines.items():
-        patients = cases_of([f.predictions for f in own], [f.threshold for f in own], ALL).of_patients()
-        interval = over_patients(patients, balanced_accuracy_of, settings)
-        single[name] = interval.estimate
+
+
+def single_figures(patients: Cases, baselines: dict[str, list[FoldVerdict]], config: Config) -> Figures:
+    """Of each magnification's own networks, and how MMNet differs from the best of them."""
+    figures: Figures = {}
+    of = {name: cases_of(own, "patient", config.split.protocol) for name, own in baselines.items()}
+    for name, cases in of.items():
+        found = figures_of(cases, "patient", config.evaluation)
         figures |= {
-            f"single_{name}_balanced_accuracy": interval.estimate,
-            f"single_{name}_balanced_accuracy_low": interval.low,
-            f"single_{name}_balanced_accuracy_high": interval.high,
-            f"single_{name}_auc": roc_auc(patients.label, patients.probability),
+            f"single_{name}_{figure}{end}": found[f"patient_{figure}{end}"]
+            for figure in ("balanced_accuracy", "auc")
+            for end in ("", "_low", "_high")
         }
-    if single:
-        best = max(single, key=lambda name: single[name])
-        figures |= {"best_single_magnification": best, "best_single_magnification_balanced_accuracy": single[best]}
-        for name, interval in paired(decided_by(folds), decided_by(baselines[best]), settings).items():
-            figures |= {
-                f"over_best_single_{name}": interval.estimate,
-                f"over_best_single_{name}_low": interval.low,
-                f"over_best_single_{name}_high": interval.high,
-            }
-    return (
-        figures
-        | colour_figures(collection, trials, config)
-        | {
-            "chance_balanced_accuracy": 0.5,
-            "n_patients": len(np.unique(cases.patient)),
-            "folds": len(folds),
-            "seconds_per_patient": float(np.mean([fold.seconds_per_patient for fold in folds])),
-        }
-    )
-
-
-def decided_by(folds: list[FoldVerdict]) -> Decided:
-    """What the folds say of their patients."""
-    return decided(
-        (composite.slide.accession, composite.slide.label, float(said), fold.threshold)
-        for fold in folds
-        for composite, said in zip(fold.predictions.composites, probability(fold.predictions.logits), strict=True)
-    )
-
-
-def photographs_of(folds: list[FoldVerdict]) -> Cases:
-    """Every photograph by itself, as a composite of one."""
-    parts = []
-    for m in range(len(MAGNIFICATIONS)):
-        for fold in folds:
-            seen: dict[Path, int] = {}
-            for k, composite in enumerate(fold.predictions.composites):
-                path = composite.paths[m]
-                if path is not None and path not in seen:
-                    seen[path] = k
-            parts += [(fold, k, m) for k in seen.values()]
-    accessions = sorted({f.predictions.composites[k].slide.accession for f, k, _ in parts})
-    number = {accession: at for at, accession in enumerate(accessions)}
-    return Cases(
-        probability(np.array([f.predictions.of_sets[k, 1 << m] for f, k, m in parts])),
-        np.array([f.predictions.composites[k].slide.label for f, k, _ in parts]),
-        np.array([number[f.predictions.composites[k].slide.accession] for f, k, _ in parts]),
-        np.array([f.threshold for f, _, _ in parts]),
-    )
+    if not of:
+        return figures
+    best = max(of, key=lambda name: float(figures[f"single_{name}_balanced_accuracy"]))
+    figures |= {
+        "best_single_magnification": best,
+        "best_single_magnification_balanced_accuracy": figures[f"single_{best}_balanced_accuracy"],
+    }
+    for name, interval in paired(patients, of[best], config.evaluation).items():
+        figures |= with_interval(f"over_best_single_{name}", interval)
+    return figures
 
 
 def colour_figures(collection: Collection, trials: list[Trial], config: Config) -> Figures:
@@ -208,19 +177,37 @@ def colour_figures(collection: Collection, trials: list[Trial], config: Config) 
     table = colour_table([image.path for image in images], len(images))
     place = {image.name: at for at, image in enumerate(images)}
     label = np.array([image.name.label for image in images])
-    found, tested = [], []
+    found, tested, patients = [], [], []
     for trial in trials:
         test = [place[name] for name in trial.of("test")]
         seen = [place[name] for name in (*trial.of("train"), *trial.of("val"))]
         allowed = np.ones((len(test), len(seen)), np.bool_)
         found += label[np.array(seen)[nearest(table[test], table[seen], allowed)]].tolist()
         tested += test
-    patients = np.unique([images[at].name.accession for at in tested], return_inverse=True)[1]
-    cases = Cases(np.array(found, float), label[tested], patients, np.full(len(tested), 0.5))
-    interval = over_patients(cases.of_patients(), balanced_accuracy_of, config.evaluation)
+        slides = (images[at].name for at in test)
+        patients += [patient_of(name.slide, name.accession, trial.number, config.split.protocol) for name in slides]
+    cases = Cases(
+        np.array(found, float),
+        label[tested],
+        np.full(len(tested), 0.5),
+        tuple(patients),
+        tuple(images[at].name.accession for at in tested),
+    )
+    voted = figures_of(cases.of_patients(), "colour", config.evaluation)
     return {
-        "colour_baseline_balanced_accuracy": interval.estimate,
-        "colour_baseline_balanced_accuracy_low": interval.low,
-        "colour_baseline_balanced_accuracy_high": interval.high,
-        "colour_baseline_image_balanced_accuracy": balanced_accuracy_of(cases),
+        **{f"colour_baseline_balanced_accuracy{end}": voted[f"colour_balanced_accuracy{end}"]
+           for end in ("", "_low", "_high")},
+        "colour_baseline_image_balanced_accuracy": confusion(cases.label, cases.positive).balanced_accuracy,
+        "chance_balanced_accuracy": 0.5,
+    }  # fmt: skip
+
+
+def protocol_figures(trials: list[Trial], patients: Cases, config: Config) -> Figures:
+    """How the data was divided, and how much of what is tested is of accessions that trained or validated."""
+    leaking = [shared_units(trial, "accession") for trial in trials]
+    return {
+        "split_protocol": config.split.protocol,
+        "n_accessions": len(set(patients.accession)),
+        "shared_accessions": len(set().union(*leaking)),
+        "leaking_test_images": sum(len(names) for shared in leaking for names in shared.values()),
     }

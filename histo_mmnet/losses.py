@@ -53,10 +53,19 @@ def training_loss(model: Network, shown: Mixed, magnification: Tensor, settings:
     return losses + settings.view_weight * mean
 
 
-def mixed(images: Tensor, present: Tensor, label: Tensor, alpha: float, seed: int, step: int, number: int) -> Mixed:
+def mixed(
+    images: Tensor,
+    magnification: Tensor,
+    present: Tensor,
+    label: Tensor,
+    alpha: float,
+    seed: int,
+    step: int,
+    number: int,
+) -> Mixed:
     """Mixup (Zhang et al. 2018): each composite with a partner, by one share for all views; alpha = 0 mixes nothing.
 
-    Views that only one of the two has are left out; composites that share none stay as they are.
+    Slots that only one of the two has, or has at another magnification (B, S), are left out; composites that share none stay.
     """
     target = label.to(images.dtype)
     if alpha == 0:
@@ -64,7 +73,7 @@ def mixed(images: Tensor, present: Tensor, label: Tensor, alpha: float, seed: in
     random = random_for("mixup", seed, step, number)
     partner = torch.from_numpy(random.permutation(len(images))).to(images.device)
     share = torch.from_numpy(random.beta(alpha, alpha, len(images))).to(images)
-    both = present & present[partner]
+    both = present & present[partner] & (magnification == magnification[partner])
     share = torch.where(both.any(1), share, 1.0)
     shown = torch.where(both.any(1)[:, None], both, present)
     own = share[:, None, None, None, None]

@@ -34,12 +34,18 @@ class Member:
 
 
 def mmnet_of(fold: int) -> Member:
+    """The network of all magnifications."""
     return Member(fold, MAGNIFICATIONS)
 
 
 def baselines_of(fold: int) -> list[Member]:
     """A network for each magnification."""
     return [Member(fold, (magnification,)) for magnification in MAGNIFICATIONS]
+
+
+def pools_patients(member: Member, settings: Model) -> bool:
+    """Whether the network looks at all photographs of a patient at once, not at a composite of a slide."""
+    return settings.architecture == "compact" and len(member.magnifications) > 1
 
 
 def build_network(member: Member, settings: Model) -> Network:
@@ -55,9 +61,10 @@ def build_network(member: Member, settings: Model) -> Network:
         for backbone in network.extractors.backbones:
             load_pretrained(backbone, settings.pretrained, "drop", "mean")  # type: ignore[arg-type]
     if settings.frozen:
-        network.extractors.requires_grad_(False)
+        network.extractors.freeze()
     return network
 
 
 def count_trainable(network: nn.Module) -> int:
+    """Weights that training changes."""
     return sum(weight.numel() for weight in network.parameters() if weight.requires_grad)

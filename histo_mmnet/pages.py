@@ -6,17 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.stats
 import torch
 
 from common.files import write_text
 from common.report import Section, write_report
 from histo_mmnet.config import Config
-from histo_mmnet.evaluation import magnification_importance
+from histo_mmnet.evaluation import LEVELS, magnification_importance
 from histo_mmnet.figures import draw_decisions, draw_importance, draw_learning_curves, draw_roc_curves
 from histo_mmnet.gradcam import draw_gradcams
 from histo_mmnet.judging import Verdict
 from histo_mmnet.names import MAGNIFICATIONS
-from histo_mmnet.results import SUMMARY, as_csv
+from histo_mmnet.results import PREFIX, SUMMARY, as_csv, mean_and_deviation
 
 Results = list[dict[str, Any]]
 
@@ -40,6 +41,7 @@ def summary(verdict: Verdict, config: Config) -> str:
         return f"{figures[name]:.3f} ({share} {figures[f'{name}_low']:.3f} to {figures[f'{name}_high']:.3f})"
 
     lines = [
+        *([f"warning: {leak_words(verdict)}"] if figures["leaking_test_images"] else []),
         f"patients ({figures['n_patients']}): balanced accuracy {told('patient_balanced_accuracy')}, "
         f"AUC {told('patient_auc')}, recognition rate {told('patient_recognition_rate')}",
         f"composites ({figures['n_composites']}): balanced accuracy {figures['composite_balanced_accuracy']:.3f}, "
@@ -59,31 +61,43 @@ def summary(verdict: Verdict, config: Config) -> str:
         f"photographs {figures['colour_baseline_image_balanced_accuracy']:.3f}",
         "  chance: 0.500",
     ]
+    if "best_single_magnification" not in figures:
+        lines.append("  no baselines of single magnifications: train_single_mag.py trains them")
     return "\n".join(lines)
 
 
+def leak_words(verdict: Verdict) -> str:
+    """What a reader must know of folds that share patients."""
+    figures = verdict.figures
+    return (
+        f"split.protocol={figures['split_protocol']}: {figures['leaking_test_images']} tested photographs, of "
+        f"{figures['shared_accessions']} accessions, are of patients that trained or validated the network: figures too good"
+    )
+
+
 def write_pages(
-    verdict: Verdict, results: Results, asked: Asked, config: Config, folder: Path, device: torch.device
+    verdict: Verdict, results: Results, asked: Asked, config: Config, folder: Path, output: Path, device: torch.device
 ) -> list[Path]:
-    """Draw what was asked for, write report.html; returns the paths of all that was written."""
-    plots, tables = folder / "plots", folder / "results"
-    sections = [Section("Result", "", result_table(verdict), None, "")]
+    """Draw what was asked for of a run's folder, write report.html, both below output; returns all that was written."""
+    plots, tables = output / "plots", output / "results"
+    told = leak_words(verdict) if verdict.figures["leaking_test_images"] else ""
+    sections = [Section("Result", told, result_table(verdict, config), None, "")]
     written = [tables / "metrics.json"]
 
     def shown(title: str, text: str, path: Path) -> None:
         sections.append(Section(title, text, [], path, ""))
         written.append(path)
 
-    draw_decisions(verdict.cases, plots / "decisions.png")
+    draw_decisions(verdict.cases["patient"], verdict.cases["composite"], plots / "decisions.png")
     shown("Decisions", "Patients at their folds' thresholds, and calibration of composites.", plots / "decisions.png")
     if asked.roc_curves:
-        draw_roc_curves(results, verdict.cases.of_patients(), plots / "roc_curves.png")
+        draw_roc_curves(results, verdict.cases["patient"], plots / "roc_curves.png")
         shown("Operating characteristic", "", plots / "roc_curves.png")
     if asked.learning_curves:
         draw_learning_curves(results, plots / "learning_curves.png")
         shown("Learning curves", "", plots / "learning_curves.png")
     if asked.magnitude:
-        shapley = magnification_importance([fold.predictions for fold in verdict.folds], config.evaluation)
+        shapley = magnification_importance(verdict.folds, config.split.protocol, config.evaluation)
         draw_importance(results, shapley, plots / "magnification_importance.png")
         write_text(tables / "magnification_stats.csv", as_csv(magnification_rows(results, shapley)))
         text = "What each adds to the patients' AUC, averaged over all orders of adding them; the network's own weights beside."
@@ -95,26 +109,29 @@ def write_pages(
         sections.append(Section("Folds", "", cells_of(performance_rows(results)), None, ""))
         written += [tables / "performance_table.csv", tables / "summary_report.csv"]
     if asked.gradcam:
-        for path, text in draw_gradcams(verdict, config, folder, device):
+        for path, text in draw_gradcams(verdict, config, folder, output, device):
             shown("What the network looks at", text, path)
-    write_report(folder / "report.html", f"histo_mmnet: {folder.name}", sections)
-    return [*written, folder / "report.html"]
+    write_report(output / "report.html", f"histo_mmnet: {folder.name}", sections)
+    return [*written, output / "report.html"]
 
 
-def result_table(verdict: Verdict) -> list[list[str]]:
+def result_table(verdict: Verdict, config: Config) -> list[list[str]]:
     """Figure, value, interval, simple methods, chance."""
     f = verdict.figures
 
     def number(name: str) -> str:
         return f"{f[name]:.3f}" if name in f and not (isinstance(f[name], float) and math.isnan(float(f[name]))) else ""
 
-    rows = [["figure", "value", "95% interval over patients", "best single magnification", "colour", "chance"]]
+    interval = f"{100 * config.evaluation.confidence:g}% interval over accessions"
+    rows = [["figure", "value", interval, "best single magnification", "colour", "chance"]]
     single = number("best_single_magnification_balanced_accuracy")
     for words, name, beside in (
         (f"balanced accuracy, {f['n_patients']} patients", "patient_balanced_accuracy",
          [single, number("colour_baseline_balanced_accuracy"), "0.500"]),
         ("AUC, patients", "patient_auc", ["", "", "0.500"]),
-        ("recognition rate, patients", "patient_recognition_rate", ["", "", ""]),
+        ("sensitivity, patients", "patient_recall", ["", "", ""]),
+        ("specificity, patients", "patient_specificity", ["", "", ""]),
+        ("patient recognition rate (of photographs)", "patient_recognition_rate", ["", "", ""]),
         (f"balanced accuracy, {f['n_composites']} composites", "composite_balanced_accuracy", ["", "", "0.500"]),
         (f"balanced accuracy, {f['n_images']} photographs", "image_balanced_accuracy",
          ["", number("colour_baseline_image_balanced_accuracy"), "0.500"]),
@@ -124,24 +141,31 @@ def result_table(verdict: Verdict) -> list[list[str]]:
 
 
 def performance_rows(results: Results) -> list[dict[str, Any]]:
-    """A row per fold, then mean and standard deviation."""
-    rows: list[dict[str, Any]] = [{"fold": r["fold"]} | {n: round(r[f"test_{n}"], 4) for n in SUMMARY} for r in results]
-    values = np.array([[r[f"test_{n}"] for n in SUMMARY] for r in results])
-    for word, row in (("mean", np.nanmean(values, 0)), ("std", np.nanstd(values, 0))):
-        rows.append({"fold": word} | {n: round(float(v), 4) for n, v in zip(SUMMARY, row, strict=True)})
+    """Of each level a row per fold, then mean and standard deviation."""
+    rows: list[dict[str, Any]] = []
+    for level in LEVELS:
+        of_folds = [{n: r[f"test_{PREFIX[level]}{n}"] for n in SUMMARY} for r in results]
+        over = [mean_and_deviation([one[n] for one in of_folds]) for n in SUMMARY]
+        named = [(r["fold"], one) for r, one in zip(results, of_folds, strict=True)]
+        named += [(word, dict(zip(SUMMARY, values, strict=True)))
+                  for word, values in zip(("mean", "std"), zip(*over, strict=True), strict=True)]  # fmt: skip
+        rows += [{"level": level, "fold": word} | {n: round(v, 4) for n, v in one.items()} for word, one in named]
     return rows
 
 
 def summary_rows(results: Results) -> list[dict[str, Any]]:
-    """Mean over folds and its normal interval, mean +- 1.96 s / sqrt(folds); the bootstrap over patients is the better one."""
+    """Of each level the mean over folds and its interval, mean +- t s / sqrt(folds) with Student's t of 95 %.
+
+    Folds share training patients, so it is too narrow; the bootstrap over accessions in metrics.json is the better one.
+    """
     rows = []
-    for name in SUMMARY:
-        values = np.array([r[f"test_{name}"] for r in results])
-        half = 1.96 * float(np.nanstd(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-        mean = float(np.nanmean(values))
-        rows.append(
-            {"metric": name, "mean": round(mean, 4), "low": round(mean - half, 4), "high": round(mean + half, 4)}
-        )
+    for level in LEVELS:
+        for name in SUMMARY:
+            values = [r[f"test_{PREFIX[level]}{name}"] for r in results]
+            count, (mean, deviation) = sum(map(math.isfinite, values)), mean_and_deviation(values)
+            half = scipy.stats.t.ppf(0.975, count - 1) * deviation / math.sqrt(count) if count > 1 else math.nan
+            ends = {"low": round(mean - half, 4), "high": round(mean + half, 4)}
+            rows.append({"level": level, "metric": name, "mean": round(mean, 4)} | ends)
     return rows
 
 

@@ -5,13 +5,13 @@ import hashlib
 from pathlib import Path
 
 from common.config import as_yaml, fingerprint
-from common.errors import config_error
+from common.errors import config_error, data_error
 from data.phantoms.histo import write_phantom
 from histo_mmnet.config import Config, Split
 from histo_mmnet.nesting import nesting_of, read_nesting, write_nesting
 from histo_mmnet.scan import Image, counts_of, differences, find_breast, published_counts, scan, without_doubled
 from histo_mmnet.slides import Album, Nesting, Slide, slides_of
-from histo_mmnet.splits import Trial, fold_trials, read_official
+from histo_mmnet.splits import ROLES, Role, Trial, fold_trials, read_official, read_split, write_split
 
 SHAPING = ("data", "phantom", "split", "model", "augment", "loss", "train")
 PRODUCERS = 2  # processes that simulate patients
@@ -80,7 +80,7 @@ def with_validation(trial: Trial, seed: int) -> Trial:
 
 def check_classes(trial: Trial) -> None:
     """Every role needs both classes."""
-    for role in ("train", "val", "test"):
+    for role in ROLES:
         labels = {name.label for name in trial.of(role)}
         if len(labels) < 2:
             missing = "an image" if not labels else ("malignant" if 0 in labels else "benign")
@@ -89,15 +89,38 @@ def check_classes(trial: Trial) -> None:
             )
 
 
-def images_of(collection: Collection, trial: Trial, role: str) -> list[Image]:
+def images_of(collection: Collection, trial: Trial, role: Role) -> list[Image]:
     """The images of a role of a trial, sorted."""
     wanted = {name for name, own in zip(trial.names, trial.roles, strict=True) if own == role}
     return [image for image in collection.images if image.name in wanted]
 
 
-def slides_of_role(collection: Collection, trial: Trial, role: str) -> list[Slide]:
+def slides_of_role(collection: Collection, trial: Trial, role: Role) -> list[Slide]:
     """The slides of a role of a trial."""
     return slides_of(images_of(collection, trial, role), collection.nesting)
+
+
+def with_recorded_split(collection: Collection, folder: Path) -> Collection:
+    """The collection with the trials that a run began with, from its split.csv; written where there is none yet.
+
+    So networks are tested on those whom they never saw, whatever became of data.root or of the way folds are made. Raises a
+    data error where other images are there now.
+    """
+    path = folder / "split.csv"
+    if not path.exists():
+        write_split(path, collection.trials)
+        return collection
+    recorded = read_split(path)
+    then = {name.file for trial in recorded for name in trial.names}
+    now = {name.file for trial in collection.trials for name in trial.names}
+    if then != now:
+        first = min(then ^ now)
+        what = f"{first} is {'new' if first in now else 'missing'}"
+        raise data_error(
+            f"{path}: the run began with {len(then):,} images, data.root holds {len(now):,} now ({what}); restore them, give "
+            "another run.name, or --fresh"
+        )
+    return dataclasses.replace(collection, trials=recorded)
 
 
 def with_nesting(collection: Collection, config: Config, folder: Path) -> Collection:
@@ -112,9 +135,12 @@ def with_nesting(collection: Collection, config: Config, folder: Path) -> Collec
 
 
 def training_identity(config: Config) -> str:
-    """YAML of the sections that shape the weights: what a run's folder and its checkpoints must agree on."""
+    """YAML of the sections that shape the weights: what a run's folder and its checkpoints must agree on.
+
+    Where the images lie does not: a checkpoint knows their names and sizes.
+    """
     same = dataclasses.replace(config, train=dataclasses.replace(config.train, workers=0),
-                               data=dataclasses.replace(config.data, use_cache=False))  # fmt: skip
+                               data=dataclasses.replace(config.data, use_cache=False, root=None))  # fmt: skip
     return "".join(f"{name}:\n{as_yaml(getattr(same, name))}" for name in SHAPING)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.checkpoint import load_checkpoint, load_weights
 from common.config import restore
@@ -24,7 +24,6 @@ from histo_mmnet.members import KIND, Member, Network, build_network
 from histo_mmnet.model_defs.mmnet import MMNet
 from histo_mmnet.names import MAGNIFICATIONS
 from histo_mmnet.slides import Album
-from histo_mmnet.validation import check_finite
 
 Floats = npt.NDArray[np.float64]
 NUM_SETS = 2 ** len(MAGNIFICATIONS)  # of magnifications, by bits: bit m is MAGNIFICATIONS[m]; 0 is the empty one
@@ -41,6 +40,9 @@ class Predictions:
     logits: Floats  # (n,) of all that is there
     of_sets: Floats  # (n, 16)
     importance: Floats  # (n, 4) that the network gave each magnification; NaN where it gives none
+    attention: Floats  # (n, 4, 4) of each magnification on the coarser ones; NaN where there is none
+    shown_in: npt.NDArray[np.int64]  # (p,) of each photograph, the first composite that shows it
+    alone: Floats  # (p,) logits of each photograph by itself
 
 
 def load_member(path: Path, member: Member, device: torch.device) -> tuple[Network, Config]:
@@ -63,48 +65,78 @@ def predict(
 
     sets: numbers of those that are wanted; the others are NaN.
     """
+    first = photographs_of(composites)
+    shown_in = np.array(list(first.values()), np.int64)
     if not composites:  # of one magnification a fold may have none
-        return Predictions([], np.zeros(0), np.zeros((0, NUM_SETS)), np.zeros((0, 4)))
+        none = np.zeros(0)
+        return Predictions([], none, np.zeros((0, NUM_SETS)), np.zeros((0, 4)), np.zeros((0, 4, 4)), shown_in, none)
     flips = FLIPS if config.evaluation.flips else FLIPS[:1]
-    found = [_predict_flipped(network, composites, album, config, axes, sets) for axes in flips]
-    logits, of_sets, importance = (np.mean([part[k] for part in found], 0) for k in range(3))
-    check_finite(logits, composites)
-    return Predictions(composites, logits, of_sets, importance)
+    found = [_predict_flipped(network, composites, list(first), album, config, axes, sets) for axes in flips]
+    of_sets, importance, attention, alone = (np.mean([part[k] for part in found], 0) for k in range(4))
+    check_finite(of_sets[:, ALL], composites)
+    return Predictions(composites, of_sets[:, ALL], of_sets, importance, attention, shown_in, alone)
+
+
+def photographs_of(composites: list[Composite]) -> dict[tuple[Path, int], int]:
+    """Every photograph with its magnification's place -> the first composite that shows it; ordered by name."""
+    found: dict[tuple[Path, int], int] = {}
+    for k, composite in enumerate(composites):
+        for path, m in zip(composite.paths, composite.magnification, strict=True):
+            if path is not None:
+                found.setdefault((path, m), k)
+    return dict(sorted(found.items()))
 
 
 def _predict_flipped(
     network: Network,
     composites: list[Composite],
+    photographs: list[tuple[Path, int]],
     album: Album,
     config: Config,
     axes: tuple[int, ...],
     sets: Sequence[int],
-) -> tuple[Floats, Floats, Floats]:
-    """Predictions' three arrays for images that are flipped along axes."""
-    device = next(network.parameters()).device
-    paths = sorted({(path, slot) for c in composites for slot, path in enumerate(c.paths) if path is not None})
-    place = {path: at for at, (path, _) in enumerate(paths)}
-    vectors = image_vectors(network, paths, album, config, axes, device)
-    index = torch.tensor(
-        [[place[path] if path is not None else -1 for path in c.paths] for c in composites], device=device
-    )
-    logits, importance = np.full((len(composites), NUM_SETS), np.nan), np.full((len(composites), 4), np.nan)
+) -> tuple[Floats, Floats, Floats, Floats]:
+    """Predictions' of_sets, importance, attention and alone for images that are flipped along axes."""
+    device, precision = next(network.parameters()).device, config.train.precision
+    place = {photograph: at for at, photograph in enumerate(photographs)}
+    vectors = image_vectors(network, photographs, album, config, axes, device)  # (p, C)
+    of_sets, importance = np.full((len(composites), NUM_SETS), np.nan), np.full((len(composites), 4), np.nan)
+    attention = np.full((len(composites), 4, 4), np.nan)
     for first in range(0, len(composites), AT_ONCE):
-        own = index[first : first + AT_ONCE]
-        slots = torch.where((own >= 0)[..., None], vectors[own.clamp(min=0)], 0.0)
+        own = composites[first : first + AT_ONCE]
+        index = torch.full((len(own), max(len(c.paths) for c in own)), -1, device=device)
+        magnification = torch.zeros_like(index)
+        for row, c in enumerate(own):
+            index[row, : len(c.paths)] = torch.tensor(
+                [-1 if p is None else place[p, m] for p, m in zip(c.paths, c.magnification, strict=True)]
+            )
+            magnification[row, : len(c.paths)] = torch.tensor(c.magnification)
+        slots = torch.where((index >= 0)[..., None], vectors[index.clamp(min=0)], 0.0)
         for number in sets:
-            chosen = torch.tensor([bool(number >> m & 1) for m in range(4)], device=device)
-            present = (own >= 0) & chosen
+            present = (index >= 0) & ((number >> magnification) & 1).bool()
             rows = present.any(1).nonzero()[:, 0]
             if len(rows) == 0:
                 continue
-            with autocast(device, config.train.precision):
+            with autocast(device, precision):
                 result: tuple[Tensor, ...] = network.fused(slots[rows], present[rows])
             at = first + rows.cpu().numpy()
-            logits[at, number] = result[0].double().cpu().numpy()
+            of_sets[at, number] = result[0].cpu().double().numpy()
             if number == ALL and isinstance(network, MMNet):
-                importance[at] = result[1].double().cpu().numpy()
-    return logits[:, ALL], logits, importance
+                importance[at] = result[1].cpu().double().numpy()
+                attention[at] = result[2].cpu().double().numpy()
+    return of_sets, importance, attention, _alone(network, vectors, [m for _, m in photographs], precision)
+
+
+def _alone(network: Network, vectors: Tensor, magnification: list[int], precision: str) -> Floats:
+    """Logits (p,) of photographs by themselves, of vectors (p, C) and their magnifications' places."""
+    present = nn.functional.one_hot(torch.tensor(magnification), len(MAGNIFICATIONS)).bool().to(vectors.device)
+    found = []
+    for first in range(0, len(vectors), AT_ONCE):
+        own = present[first : first + AT_ONCE]
+        slots = torch.where(own[..., None], vectors[first : first + AT_ONCE, None], 0.0)  # (n, 4, C)
+        with autocast(vectors.device, precision):
+            found.append(network.fused(slots, own)[0].cpu().double().numpy())
+    return np.concatenate(found)
 
 
 def image_vectors(
@@ -124,6 +156,17 @@ def image_vectors(
         with autocast(device, config.train.precision):
             found.append(network.vectors(images, torch.tensor([slot for _, slot in own], device=device)).float())
     return torch.cat(found)
+
+
+def check_finite(logits: Floats, composites: list[Composite]) -> None:
+    """A data error where a network says nothing of a composite: a figure without it would be of other patients."""
+    lost = [composite for composite, logit in zip(composites, logits, strict=True) if not np.isfinite(logit)]
+    if lost:
+        shown = ", ".join(path.name for path in lost[0].paths if path is not None)
+        raise data_error(
+            f"the network gives no number for {len(lost)} of {len(composites)} composites, the first of {shown}; it diverged: "
+            "lower train.learning_rate, or train with train.precision=float32"
+        )
 
 
 def probability(logits: Floats) -> Floats:

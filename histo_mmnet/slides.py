@@ -10,10 +10,11 @@ import numpy.typing as npt
 import torch
 from PIL import Image as Pictures
 
+from common.errors import config_error, data_error
 from histo_mmnet.colours import read_picture
 from histo_mmnet.config import Config
 from histo_mmnet.names import MAGNIFICATIONS, Magnification
-from histo_mmnet.scan import Image
+from histo_mmnet.scan import Image, walk
 from histo_mmnet.stain import macenko, reinhard
 
 Bytes = npt.NDArray[np.uint8]
@@ -58,11 +59,36 @@ def slides_of(images: list[Image], nesting: Nesting) -> list[Slide]:
     slides = []
     for name, own in sorted(grouped.items()):
         photographs = {m: tuple(own[m]) for m in MAGNIFICATIONS if m in own}
-        paths = {path for some in photographs.values() for path in some}
-        # a photograph of another slide, or of one that these images leave out, must not come in by a place
-        places = {path: nesting[path] for path in sorted(paths) if path in nesting and nesting[path].parent in paths}
-        slides.append(Slide(name, first[name].name.accession, first[name].name.label, photographs, places))
+        slide = Slide(name, first[name].name.accession, first[name].name.label, photographs, {})
+        slides.append(dataclasses.replace(slide, nesting=own_places(slide, nesting)))
     return slides
+
+
+def own_places(slide: Slide, nesting: Nesting) -> Nesting:
+    """The places of a slide's photographs in its own: one of another slide, or of one left out, must not come in by a place."""
+    paths = {path for some in slide.images.values() for path in some}
+    return {path: nesting[path] for path in sorted(paths) if path in nesting and nesting[path].parent in paths}
+
+
+def new_slides(folder: Path) -> list[Slide]:
+    """The slides of PATIENT/SLIDE/40X/*.png (or SLIDE/40X/*.png, each a patient) whose diagnosis is not known, sorted by name.
+
+    Labels are 0 and mean nothing. Raises a data error where no PNG lies in a folder that is called after a magnification.
+    """
+    if not folder.is_dir():
+        raise config_error(f"--input: {folder}: no such folder")
+    grouped: dict[Path, dict[Magnification, list[Path]]] = defaultdict(lambda: defaultdict(list))
+    of = {f"{m}X": m for m in MAGNIFICATIONS}
+    for path in walk(folder):
+        inside = path.relative_to(folder).parts
+        if len(inside) >= 3 and inside[-2].upper() in of:
+            grouped[path.parents[1].relative_to(folder)][of[inside[-2].upper()]].append(path)
+    if not grouped:
+        raise data_error(f"--input: {folder}: no PNG in it lies as PATIENT/SLIDE/40X/*.png (or 100X, 200X, 400X)")
+    return [
+        Slide(str(place), place.parts[0], 0, {m: tuple(own[m]) for m in MAGNIFICATIONS if m in own}, {})
+        for place, own in sorted(grouped.items())
+    ]
 
 
 @dataclasses.dataclass

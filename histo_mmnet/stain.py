@@ -49,7 +49,10 @@ def sampled_pixels(images: Tensor) -> Tensor:
 def white_of(pixels: Tensor) -> Tensor:
     """The brightness (B, 3) of empty glass in pixels (B, n, 3)."""
     rank = max(1, round(WHITE_QUANTILE * pixels.shape[1]))
-    return pixels.transpose(1, 2).contiguous().kthvalue(rank).values.clamp(DARKEST_WHITE, 1.0)
+    brightest = (
+        pixels.transpose(1, 2).topk(pixels.shape[1] - rank + 1, -1).values
+    )  # kthvalue is not deterministic on GPUs
+    return brightest[..., -1].clamp(DARKEST_WHITE, 1.0)
 
 
 def optical_density(images: Tensor, white: Tensor) -> Tensor:

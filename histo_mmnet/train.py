@@ -33,9 +33,17 @@ from common.parallel import all_ranks_do, first_rank_does, process_group
 from histo_mmnet.config import PRESETS, Config
 from histo_mmnet.folds import announce, chosen_trials, train_members
 from histo_mmnet.members import Member, baselines_of, mmnet_of
-from histo_mmnet.places import Collection, collect, find_images, run_folder, training_identity, with_nesting
-from histo_mmnet.splits import Trial, write_split
-from histo_mmnet.trainer import check_hardware
+from histo_mmnet.places import (
+    Collection,
+    collect,
+    find_images,
+    run_folder,
+    training_identity,
+    with_nesting,
+    with_recorded_split,
+)
+from histo_mmnet.splits import Trial
+from histo_mmnet.trainer import Files, check_hardware
 
 Choose = Callable[[list[Trial], Config], list[Member]]  # which members a script trains
 
@@ -54,7 +62,9 @@ def train_script(description: str, choose: Choose, arguments: list[str]) -> int:
     """The whole of an entry script that trains the chosen members."""
     parser = script_parser(description, PRESETS)
     parser.add_argument("--fold", type=int, metavar="K", help="train one fold (default: all)")
-    parser.add_argument("--fresh", action="store_true", help="start the run over: its folder is deleted first")
+    parser.add_argument(
+        "--fresh", action="store_true", help="start the run over: what it trained before is deleted first"
+    )
     config, flags = parse_config(parser, PRESETS, arguments)
     folder = run_folder(config)
     keep_freed_memory()
@@ -64,13 +74,17 @@ def train_script(description: str, choose: Choose, arguments: list[str]) -> int:
         first_rank_does(lambda: simulate(config))
         collection = all_ranks_do(lambda: collect(config))
         trials = all_ranks_do(lambda: chosen_trials(collection, flags.fold))
-        if flags.fresh:  # only now: a wrong path or fold must not cost the finished run
+        members = choose(trials, config)
+        # only now: a wrong path or fold must not cost the finished run, nor one fold anew the others
+        if flags.fresh and set(members_of(collection.trials, config)) <= set(members):
             first_rank_does(lambda: clear_run(folder))
         first_rank_does(lambda: begin_run(config, folder, collection))
-        nested = all_ranks_do(lambda: with_nesting(collection, config, folder))
+        if flags.fresh:
+            first_rank_does(lambda: delete_members(members, folder))
+        recorded = all_ranks_do(lambda: with_nesting(with_recorded_split(collection, folder), config, folder))
         if dist.get_rank() == 0:
-            announce(config, collection, device)
-        train_members(choose(trials, config), nested, config, folder, device)
+            announce(config, recorded, device)
+        train_members(members, recorded, config, folder, device)
         if dist.get_rank() == 0:
             print(f"run: {folder}", f"weights: {folder / 'models'}", f"split: {folder / 'split.csv'}", sep="\n")
     return 0
@@ -81,11 +95,16 @@ def simulate(config: Config) -> None:
     find_images(config)
 
 
+def delete_members(members: list[Member], folder: Path) -> None:
+    """So that they are trained anew."""
+    for member in members:
+        Files.of(folder, member).delete()
+
+
 def begin_run(config: Config, folder: Path, collection: Collection) -> None:
-    """The run's folder with its config, and who is tested when."""
+    """The run's folder with its config, who is tested when, and what lies inside what: made by one process, read by all."""
     open_run(folder, config, training_identity(config), [sys.executable, *sys.argv])
-    write_split(folder / "split.csv", collection.trials)
-    with_nesting(collection, config, folder)  # made by one process, read by all
+    with_nesting(with_recorded_split(collection, folder), config, folder)
 
 
 if __name__ == "__main__":

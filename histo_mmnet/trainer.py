@@ -8,6 +8,7 @@ started again, a run ends in the same bits.
 import copy
 import dataclasses
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ from histo_mmnet.composites import Composite
 from histo_mmnet.config import Config
 from histo_mmnet.dataset import Batch, CompositeStream, stack
 from histo_mmnet.losses import mixed, training_loss
-from histo_mmnet.members import KIND, Member, Network, build_network
+from histo_mmnet.members import KIND, Member, Network, build_network, pools_patients
 from histo_mmnet.places import training_identity
 from histo_mmnet.slides import Album, Slide
 from histo_mmnet.validation import micro_batch_size, validate
@@ -174,7 +175,16 @@ def take_step(
         place = number * ranks + dist.get_rank()
         seed_dropout(train.seed, state.step, place)
         images = augmented(batch, config.augment, config.data.normalisation, train.seed)
-        shown = mixed(images, batch.present, batch.label, config.loss.mixup_alpha, train.seed, state.step, place)
+        shown = mixed(
+            images,
+            batch.magnification,
+            batch.present,
+            batch.label,
+            config.loss.mixup_alpha,
+            train.seed,
+            state.step,
+            place,
+        )
         losses = training_loss(state.model, shown, batch.magnification, config.loss, train.precision)  # (B,)
         state.scaler.scale(losses.mean() / rounds).backward()  # type: ignore[no-untyped-call]
         statistics.end_micro_batch()
@@ -198,7 +208,12 @@ def take_step(
 def stream_of(material: Material, config: Config) -> CompositeStream:
     """The training composites of a run."""
     return CompositeStream(
-        material.train, material.member.magnifications, material.album, config.augment.missing_view, config.train.seed
+        material.train,
+        material.member.magnifications,
+        material.album,
+        config.augment.missing_view,
+        config.model.bag if pools_patients(material.member, config.model) else 0,
+        config.train.seed,
     )
 
 
@@ -229,6 +244,13 @@ class Files:
         models = folder / "models"
         return cls(models / f"last_{tail}.pth", models / f"best_model_{tail}.pth", folder / "results" / f"{tail}_metrics.csv",
                    folder / "tensorboard" / tail)  # fmt: skip
+
+    def delete(self) -> None:
+        """So that the member is trained anew."""
+        for path in (self.last, self.best, self.metrics):
+            path.unlink(missing_ok=True)
+        if self.scalars.exists():
+            shutil.rmtree(self.scalars)
 
 
 def train(material: Material, config: Config, folder: Path, device: torch.device) -> list[Record]:

@@ -1,6 +1,6 @@
 """Confidence intervals over independent units (tomograms, patients) by the bootstrap."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,10 +30,18 @@ def bootstrap_interval(
     Whole units are drawn with replacement. Resamples on which the statistic is undefined (NaN) are left out; equal
     seeds give equal resamples, so two intervals from one seed are paired.
     """
+    return bootstrap_intervals(lambda indices: (statistic(indices),), n, num_resamples, confidence, seed)[0]
+
+
+def bootstrap_intervals(
+    statistics: Callable[[IntArray], Sequence[float]], n: int, num_resamples: int, confidence: float, seed: int
+) -> list[Interval]:
+    """bootstrap_interval of several figures that are computed together, on the same resamples."""
     resampled = np.array(
-        [statistic(indices) for chunk in _resample_indices(n, num_resamples, seed) for indices in chunk]
-    )
-    return _percentile_interval(statistic(np.arange(n)), resampled, confidence)
+        [statistics(indices) for chunk in _resample_indices(n, num_resamples, seed) for indices in chunk]
+    )  # (num_resamples, figures)
+    estimates = statistics(np.arange(n))
+    return [_percentile_interval(*of_one, confidence) for of_one in zip(estimates, resampled.T, strict=True)]
 
 
 def f_beta_interval(

@@ -4,6 +4,8 @@ A composite is S slots with an image each (B, S, 3, y, x), whose magnification n
 (B, S). Empty slots never reach a layer: whatever lies in them, no output and no gradient knows it.
 """
 
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +27,16 @@ class Extractors(nn.Module):
             backbone.keep_stages(stages)
         self.backbones = nn.ModuleList(backbones)
         self.channels = int(self.backbones[0].feature_channels[-1])  # type: ignore[index]
+        self.is_frozen = False
+
+    def freeze(self) -> None:
+        """No weight changes from now on, nor what batch norm remembers: training mode does not reach the backbones."""
+        self.is_frozen = True
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool) -> Self:  # type: ignore[override]  # torch's own has a default
+        """Training mode, but for frozen backbones."""
+        return super().train(mode and not self.is_frozen)
 
     def forward(self, images: Tensor, magnification: Tensor) -> Tensor:
         """Images (N, 3, y, x) of magnifications (N,), N > 0 -> their last maps (N, C, h, w)."""

@@ -14,9 +14,9 @@ from data.phantoms.histo import accessions, simulate_accession, write_phantom
 from data.phantoms.histo_scene import RATIO
 from data.phantoms.histo_settings import HistoPhantom
 from histo_mmnet.augmentation import augmented, blurred, draw, into_slots, prepared, turned
-from histo_mmnet.composites import all_composites
+from histo_mmnet.composites import all_composites, bag_of
 from histo_mmnet.config import PHANTOM, Augment
-from histo_mmnet.dataset import Batch, CompositeList, CompositeStream, stack
+from histo_mmnet.dataset import Batch, CompositeStream, stack
 from histo_mmnet.losses import composite_loss, mixed
 from histo_mmnet.names import MAGNIFICATIONS, image_name
 from histo_mmnet.scan import scan
@@ -43,7 +43,7 @@ def album() -> Album:
 
 
 def stream_of(slides: list[Slide], album: Album, missing_view: float) -> CompositeStream:
-    return CompositeStream(slides, MAGNIFICATIONS, album, missing_view, 7)
+    return CompositeStream(slides, MAGNIFICATIONS, album, missing_view, 0, 7)
 
 
 def test_the_phantom_has_breakhis_names_and_both_classes(breast: Path) -> None:
@@ -139,7 +139,7 @@ def test_a_draw_is_a_function_of_its_position(slides: list[Slide], album: Album)
     stream = stream_of(slides, album, 0.3)
     backwards = [stream.draw(position) for position in reversed(range(30))][::-1]
     assert backwards == [stream.draw(position) for position in range(30)]
-    assert len({tuple(paths) for _, paths in backwards}) > 20
+    assert len({tuple(paths) for _, paths, _ in backwards}) > 20
 
 
 def test_some_views_are_hidden_and_never_all(slides: list[Slide], album: Album) -> None:
@@ -163,10 +163,36 @@ def test_an_unreadable_image_is_named(tmp_path: Path, slides: list[Slide], album
     broken = tmp_path / "SOB_B_A-14-1-40-001.png"
     broken.write_bytes(b"\x89PNG\r\n\x1a\n cut off")
     slide = Slide("SOB_B_A_14-1", "14-1", 0, {40: (broken,)}, {})
-    item = CompositeList(all_composites([slide], MAGNIFICATIONS), album)[0]
-    assert isinstance(item, UserError) and item.exit_code == BAD_DATA and str(broken) in item.problems[0]
-    stacked = stack([CompositeList(all_composites(slides[:1], MAGNIFICATIONS), album)[0], item])
-    assert stacked is item
+    stream = stream_of([slide, next(own for own in slides if own.label)], album, 0.0)
+    item = next(found for position in range(20) if isinstance(found := stream[position], UserError))
+    assert item.exit_code == BAD_DATA and str(broken) in item.problems[0]
+    assert stack([stream_of(slides, album, 0.0)[0], item]) is item
+
+
+def test_a_bag_holds_all_photographs_of_a_patient(slides: list[Slide], album: Album) -> None:
+    several = [slide for slide in slides if sum(own.accession == slide.accession for own in slides) > 1]
+    own = [slide for slide in slides if slide.accession == (several or slides)[0].accession]
+    [bag] = bag_of(own, MAGNIFICATIONS)
+    assert sorted(map(str, bag.paths)) == sorted(str(p) for s in own for some in s.images.values() for p in some)
+    assert list(bag.magnification) == sorted(bag.magnification)
+    assert bag_of(own[:1], (400,)) == [] or set(bag_of(own[:1], (400,))[0].magnification) == {3}
+
+
+def test_bags_in_training_are_of_one_patient_and_stack(slides: list[Slide], album: Album) -> None:
+    stream = CompositeStream(slides, MAGNIFICATIONS, album, 0.2, 5, 7)
+    assert stream.draw(3) == stream.draw(3)
+    sizes = set()
+    for position in range(40):
+        slide, paths, magnification = stream.draw(position)
+        assert {s.accession for s in slides for some in s.images.values() for p in some if p in paths} == {
+            slide.accession
+        }
+        assert len(set(paths)) == len(paths) == len(magnification) <= 5
+        assert all(f"{MAGNIFICATIONS[m]}X" in str(p) for p, m in zip(paths, magnification, strict=True))
+        sizes.add(len(paths))
+    small = stack([CompositeStream(slides, MAGNIFICATIONS, album, 0.2, size, 7)[3] for size in (2, 5)])
+    assert isinstance(small, Batch) and small.images.shape[:2] == small.present.shape == (2, 5)
+    assert small.present[0].tolist() == [True, True, False, False, False] and (small.images[0, 2:] == 0).all()
 
 
 def test_images_are_brought_to_one_size(tmp_path: Path) -> None:
@@ -250,13 +276,21 @@ def test_focal_loss_of_the_paper() -> None:
 def test_mixing_takes_what_both_have(slides: list[Slide], album: Album) -> None:
     batch = batch_of(slides, album)
     images = prepared(batch)
-    found = mixed(images, batch.present, batch.label, 0.4, 0, 3, 0)
+    found = mixed(images, batch.magnification, batch.present, batch.label, 0.4, 0, 3, 0)
     assert (found.present <= batch.present).all() and found.present.any(1).all()
     assert ((found.target >= 0) & (found.target <= 1)).all()
-    again = mixed(images, batch.present, batch.label, 0.4, 0, 3, 0)
+    again = mixed(images, batch.magnification, batch.present, batch.label, 0.4, 0, 3, 0)
     assert torch.equal(found.images, again.images) and torch.equal(found.target, again.target)
-    same = mixed(images, batch.present, batch.label, 0.0, 0, 3, 0)
+    same = mixed(images, batch.magnification, batch.present, batch.label, 0.0, 0, 3, 0)
     assert same.images is images and torch.equal(same.target, batch.label.float())
+
+
+def test_photographs_of_two_magnifications_are_not_mixed() -> None:
+    images, magnification = torch.rand(2, 3, 3, 4, 4), torch.tensor([[0, 1, 2], [0, 2, 2]])
+    present, label = torch.ones(2, 3, dtype=torch.bool), torch.tensor([0, 1])
+    mixes = [mixed(images, magnification, present, label, 0.4, 0, step, 0) for step in range(8)]
+    swapped = [found for found in mixes if not torch.equal(found.present, present)]
+    assert swapped and all(found.present.tolist() == [[True, False, True]] * 2 for found in swapped)
 
 
 def test_slots_hold_their_images(slides: list[Slide], album: Album) -> None:

@@ -125,10 +125,10 @@ def test_known_defect_9_composites_show_fields_that_lie_inside_each_other(breast
     assert kept_pairs({}) < 0.8 and kept_pairs(nesting) == 1
 
     slides = slides_of(scan(breast), nesting)
-    stream = CompositeStream(slides, MAGNIFICATIONS, Album(SETTINGS.size, "none", True, {}), 0.0, 3)
+    stream = CompositeStream(slides, MAGNIFICATIONS, Album(SETTINGS.size, "none", True, {}), 0.0, 0, 3)
     kept: Counter[bool] = Counter()
     for position in range(200):
-        _, paths = stream.draw(position)
+        _, paths, _ = stream.draw(position)
         for inner, outer in itertools.pairwise(paths[::-1]):
             if inner is not None and outer is not None and inner in nesting:
                 kept[nesting[inner].parent == outer] += 1

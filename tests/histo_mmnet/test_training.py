@@ -48,7 +48,7 @@ def test_known_defect_1_the_best_weights_are_those_that_were_measured(small: Con
     collection, member = collect(config), mmnet_of(0)
     album = Album.of(config)
     with process_group(True) as device:
-        material = material_of(collection, collection.trials[0], member, album)
+        material = material_of(collection, collection.trials[0], member, album, config)
         records = train(material, config, tmp_path, device)
         network, _ = load_member(Files.of(tmp_path, member).best, member, device)
         measured = validate(network, material.val, album, config)
@@ -85,7 +85,7 @@ def gradients(config: Config, micro: int) -> list[torch.Tensor]:
     collection, member = collect(config), mmnet_of(0)
     kept: list[torch.Tensor] = []
     with process_group(True) as device, pytest.MonkeyPatch.context() as patch:
-        material = material_of(collection, collection.trials[0], member, Album.of(config))
+        material = material_of(collection, collection.trials[0], member, Album.of(config), config)
         state = begin(config, member, device)
         state.model.eval()
         patch.setattr(trainer, "guarded_update", lambda model, *rest: kept.extend(
@@ -176,11 +176,10 @@ def check_predictions(config: Config, folder: Path, output: Path, capsys: pytest
     assert code == 0 and "7 patients" in out, problems
     rows = list(csv.DictReader(output.read_text().splitlines()))
     judged = patients_of(folder)
-    assert {row["accession"] for row in rows} == judged.keys()
-    for row in rows:
-        assert row["networks"] == "1"
-        assert float(row["probability"]) == pytest.approx(judged[row["accession"]][1], abs=1e-4)
-        assert float(row["threshold"]) == pytest.approx(judged[row["accession"]][2], abs=1e-5)
+    assert [row["accession"] for row in rows] == list(judged.patient)
+    assert {row["networks"] for row in rows} == {"1"}
+    np.testing.assert_allclose([float(row["probability"]) for row in rows], judged.probability, atol=1e-4)
+    np.testing.assert_allclose([float(row["threshold"]) for row in rows], judged.threshold, atol=1e-5)
 
 
 def test_wrong_calls_are_one_line(small: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -229,7 +228,7 @@ def test_a_member_is_not_taken_for_another(small: Config, tmp_path: Path) -> Non
     config = in_folder(changed(small, "train.epochs=1"), tmp_path, "members")
     collection = collect(config)
     with process_group(True) as device:
-        material = material_of(collection, collection.trials[1], mmnet_of(1), Album.of(config))
+        material = material_of(collection, collection.trials[1], mmnet_of(1), Album.of(config), config)
         train(material, config, tmp_path, device)
         path = Files.of(tmp_path, mmnet_of(1)).best
         with pytest.raises(Exception, match="holds other weights than mmnet of fold 0"):
