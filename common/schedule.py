@@ -24,14 +24,17 @@ def better(value: float, than: float, mode: Mode) -> bool:
 
 
 def num_plateaus(values: list[float], patience: int, mode: Mode) -> int:
-    """How often a figure had not improved for `patience` validations, the counting starting anew each time."""
+    """How often torch's ReduceLROnPlateau (threshold 0) would have lowered the rate: after more than `patience` validations
+
+    without a better figure, the counting starting anew each time.
+    """
     waited = plateaus = 0
     for number, value in enumerate(values):
         if all(better(value, before, mode) for before in values[:number]):
             waited = 0
             continue
         waited += 1
-        if waited >= patience:
+        if waited > patience:
             plateaus, waited = plateaus + 1, 0
     return plateaus
 

@@ -228,7 +228,7 @@ class Scheduler:
     min_lr: float = 1e-6  # where cosine and plateau end
     step_epochs: int = 50  # step: after so many epochs the rate falls
     factor: float = 0.1  # step and plateau: to this share
-    patience: int = 10  # plateau: epochs without improvement of early_stopping.monitor
+    patience: int = 10  # plateau: epochs without improvement of early_stopping.monitor that are borne, as torch counts
 
     def problems(self) -> Iterator[str]:
         yield from outside(self, {"warmup_epochs": (0, 10**6), "min_lr": (0, 10), "step_epochs": (1, 10**6)})

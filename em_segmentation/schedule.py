@@ -31,7 +31,7 @@ def monitored(records: list[Record], name: str) -> list[Record]:
 
 
 def plateaus_before(records: list[Record], epoch: int, config: Config) -> int:
-    """How often, before an epoch, the figure of early stopping had not improved for scheduler.patience epochs."""
+    """How often, before an epoch, the figure of early stopping had not improved for more than scheduler.patience epochs."""
     settings = config.early_stopping
     values = [r[settings.monitor] for r in monitored(records, settings.monitor) if r["epoch"] <= epoch]
     return num_plateaus(values, config.scheduler.patience, settings.mode)

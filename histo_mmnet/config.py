@@ -112,7 +112,7 @@ class Train:
     epoch_multiplier: float = 3.0  # composites per epoch, in images of the magnification with most of a slide
     learning_rate: float = 1e-4
     weight_decay: float = 3e-3
-    scheduler_patience: int = 3  # epochs without gain after which the rate falls
+    scheduler_patience: int = 3  # epochs without gain that are borne before the rate falls, as torch counts
     scheduler_factor: float = 0.5
     patience: int = 7  # epochs without a better validation balanced accuracy after which training ends; 0 = never
     max_gradient_norm: float = 1.0

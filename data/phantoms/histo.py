@@ -27,7 +27,7 @@ from data.phantoms.histo_imaging import draw_staining, of_slide, photograph
 from data.phantoms.histo_scene import RATIO, Scene, draw_scene, draw_tissue
 from data.phantoms.histo_settings import HistoPhantom
 
-GENERATOR_VERSION = 2  # raised whenever equal settings give other bits, so that stale folders are noticed
+GENERATOR_VERSION = 3  # raised whenever equal settings give other bits, so that stale folders are noticed
 SUBTYPES = (("A", "F", "PT", "TA"), ("DC", "LC", "MC", "PC"))  # benign, malignant
 FOLDERS = {"A": "adenosis", "F": "fibroadenoma", "PT": "phyllodes_tumor", "TA": "tubular_adenoma", "DC": "ductal_carcinoma",
            "LC": "lobular_carcinoma", "MC": "mucinous_carcinoma", "PC": "papillary_carcinoma"}  # fmt: skip

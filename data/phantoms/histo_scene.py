@@ -23,17 +23,17 @@ class Architecture:
     lumen: tuple[float, float]  # radius of the empty middle, in shares of the gland's
     stretch: tuple[float, float]  # length of a gland over its width
     stroma_cells: float  # nuclei of stroma, of the usual number
-    pool: float  # how pale the surroundings are: mucin
+    pool: float  # how pale the surroundings are: mucin, or a fibroadenoma's myxoid stroma
 
 
 ARCHITECTURES = {
     "A": Architecture((28, 60), 0.40, (0.25, 0.55), (1.0, 1.5), 1.0, 0.0),
-    "F": Architecture((50, 110), 0.25, (0.15, 0.50), (1.5, 3.2), 1.4, 0.1),
+    "F": Architecture((50, 110), 0.25, (0.15, 0.50), (1.5, 3.2), 1.4, 0.4),
     "PT": Architecture((80, 160), 0.28, (0.30, 0.70), (1.6, 3.5), 2.0, 0.1),
     "TA": Architecture((30, 48), 0.50, (0.30, 0.55), (1.0, 1.2), 0.8, 0.0),
     "DC": Architecture((40, 120), 0.42, (0.00, 0.45), (1.0, 1.8), 1.2, 0.0),
     "LC": Architecture((24, 44), 0.36, (0.00, 0.40), (1.4, 3.4), 1.4, 0.0),
-    "MC": Architecture((45, 110), 0.28, (0.10, 0.50), (1.0, 1.6), 0.6, 0.5),
+    "MC": Architecture((45, 110), 0.28, (0.10, 0.50), (1.0, 1.6), 0.6, 0.4),
     "PC": Architecture((60, 140), 0.40, (0.30, 0.65), (1.3, 2.6), 0.9, 0.1),
 }
 

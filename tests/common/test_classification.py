@@ -6,6 +6,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import sklearn.metrics
+import torch
 
 from common.metrics.classification import (
     Confusion,
@@ -16,7 +17,7 @@ from common.metrics.classification import (
     roc_auc,
     roc_curve,
 )
-from common.schedule import num_plateaus, num_since_best
+from common.schedule import Mode, num_plateaus, num_since_best
 
 
 def drawn(seed: int, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -97,16 +98,29 @@ def test_a_certain_and_right_probability_is_calibrated() -> None:
 @pytest.mark.parametrize(
     ("values", "patience", "falls"),
     [
-        ([0.5, 0.6, 0.7], 2, 0),
-        ([0.7, 0.6, 0.6], 2, 1),
-        ([0.7, 0.6, 0.6, 0.6, 0.6], 2, 2),
-        ([0.7, 0.6, 0.8, 0.7], 2, 0),
+        ([0.5, 0.6, 0.7], 1, 0),
+        ([0.7, 0.6, 0.6], 1, 1),
+        ([0.7, 0.6, 0.6, 0.6, 0.6], 1, 2),
+        ([0.7, 0.6, 0.8, 0.7], 1, 0),
+        ([0.7, 0.6], 0, 1),
         ([], 1, 0),
     ],
 )
 def test_plateaus(values: list[float], patience: int, falls: int) -> None:
     assert num_plateaus(values, patience, "max") == falls
     assert num_plateaus([-value for value in values], patience, "min") == falls
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("patience", [0, 1, 3])
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_plateaus_are_those_of_torch(seed: int, patience: int, mode: Mode) -> None:
+    values = np.random.default_rng(seed).integers(0, 12, 40).astype(float).tolist()
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode, 0.5, patience, threshold=0, eps=0)
+    for number, value in enumerate(values, 1):
+        scheduler.step(value)
+        assert optimizer.param_groups[0]["lr"] == 0.5 ** num_plateaus(values[:number], patience, mode)
 
 
 def test_since_best_counts_from_the_first_of_equals() -> None:

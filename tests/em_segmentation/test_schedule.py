@@ -61,14 +61,14 @@ def test_constant_is_constant() -> None:
 
 
 def test_plateau_falls_once_the_figure_of_early_stopping_stopped_improving() -> None:
-    """The best is of epoch 2, so patience 2 ends with epoch 4, and again with epoch 6."""
-    config = run_of("scheduler.name=plateau", "scheduler.patience=2", "scheduler.factor=0.5")
+    """The best is of epoch 2, so patience 1 is spent with epoch 4, and again with epoch 6."""
+    config = run_of("scheduler.name=plateau", "scheduler.patience=1", "scheduler.factor=0.5")
     records = epochs(5, 4, 4.5, 4.2, 4.1, 4.0)
     by_epoch = shares(config, records)[::4]
     assert by_epoch == [1, 1, 1, 1, 0.5, 0.5, 0.25, 0.25, 0.25, 0.25]
     assert shares(config, epochs(5, 4, 3, 2, 1)) == [1] * 40
     rising = [record | ({"val_dice": record["val_loss"]} if "epoch" in record else {}) for record in records]
-    config = run_of("scheduler.name=plateau", "scheduler.patience=2", "scheduler.factor=0.5",
+    config = run_of("scheduler.name=plateau", "scheduler.patience=1", "scheduler.factor=0.5",
                     "early_stopping.monitor=val_dice", "early_stopping.mode=max")  # fmt: skip
     assert shares(config, rising)[::4] == [1, 1, 1, 0.5, 0.5, 0.25, 0.25, 0.25, 0.25, 0.25]
 

@@ -98,6 +98,14 @@ def test_slides_of_one_accession_on_both_sides() -> None:
     assert finding.is_leak and "1 accessions on both sides, 1 of 2 test images (50 %): 14-22549" in finding.words
 
 
+def test_patients_that_validate_and_are_trained_on_are_a_leak() -> None:
+    """Thresholds and the best epoch come from them."""
+    trial = trial_of({"SOB_B_A-14-22549AB-40-001.png": "train", "SOB_B_A-14-22549CD-40-001.png": "val",
+                      "SOB_M_DC-14-2-40-001.png": "test"})  # fmt: skip
+    found = audit(trial, None)
+    assert [finding.is_leak for finding in found] == [False, True] and "14-22549" in found[1].words
+
+
 def test_numbers_that_begin_alike_are_other_patients() -> None:
     trial = trial_of({"SOB_B_F-14-1413-40-001.png": "train", "SOB_B_F-14-14134-40-001.png": "test"})
     assert not audit(trial, None)[0].is_leak

@@ -154,6 +154,18 @@ def test_the_compact_variant_trains_at_most_three_million_weights(backbone: str)
     assert count_trainable(compact) <= 3_000_000
 
 
+def test_a_frozen_backbone_stays_as_it_is() -> None:
+    """Batch norm's running figures too, which no gradient guards."""
+    settings = Model(architecture="compact", backbone="resnet18", width=16, frozen=True)
+    compact = build_network(mmnet_of(0), settings).train()
+    before = {name: value.clone() for name, value in compact.extractors.state_dict().items()}
+    images, magnification = composites(2)
+    compact(images, magnification, present_of((0, 1, 2, 3), 2)).sum().backward()
+    assert all(torch.equal(value, before[name]) for name, value in compact.extractors.state_dict().items())
+    assert compact.head.training and not any(m.training for m in compact.extractors.modules())
+    assert any("model.pretrained" in p or "pretrained" in p for p in settings.problems())
+
+
 def test_presets_have_networks(capsys: pytest.CaptureFixture[str]) -> None:
     for config in (PHANTOM, BREAKHIS):
         made = [build_network(member, config.model) for member in (mmnet_of(0), *baselines_of(0))]

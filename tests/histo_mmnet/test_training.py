@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +69,7 @@ def test_of_equal_accuracy_the_lower_loss_is_best() -> None:
 
 
 def test_early_stop_and_learning_rate_follow_balanced_accuracy(small: Config) -> None:
-    config = changed(small, "train.patience=3", "train.scheduler_patience=2", "train.learning_rate=0.01")
+    config = changed(small, "train.patience=3", "train.scheduler_patience=1", "train.learning_rate=0.01")
     records = [record(1, 0.8, 0.5), record(2, 0.9, 0.9), record(3, 0.9, 0.1), record(4, 0.85, 0.1)]
     assert not ends_early(records, config) and learning_rate(records, config) == 0.005
     assert ends_early([*records, record(5, 0.9, 0.1)], config)
@@ -131,6 +132,9 @@ def test_train_py_and_eval_py_from_end_to_end(
     check_predictions(config, folder, tmp_path / "new.csv", capsys)
     code, out, _ = said(eval_main, ["--run", str(folder), "--compare", str(folder)], capsys)
     assert code == 0 and "balanced accuracy +0.000 (+0.000 to +0.000)" in out and "judged before" in out
+    check_new_slides(folder, tmp_path, capsys)
+    check_fold_by_itself(config, folder, tmp_path, capsys)
+    check_other_images(config, folder, tmp_path, capsys)
 
 
 def official_lists(breast: Path, folder: Path) -> None:
@@ -167,6 +171,62 @@ def test_the_official_protocol_from_end_to_end(tmp_path: Path, capsys: pytest.Ca
     write_text(tmp_path / "lists" / "dsfold1.txt", "\n".join(kept))
     code, out, problems = said(main, script(config, tmp_path, 0, [])[2:], capsys)
     assert code == WRONG_CALL and "trial 0 trains on 2 benign accessions" in problems[0]
+
+
+def check_new_slides(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Slides of unknown diagnosis, with names of any kind, are judged by all networks and drawn."""
+    config = load_member(folder / "models" / "best_model_fold_0.pth", mmnet_of(0), torch.device("cpu"))[1]
+    assert config.data.root is not None
+    images = scan(config.data.root)
+    for k, image in enumerate(images[:6]):
+        place = tmp_path / "new" / f"patient {k // 3}" / "a" / f"{image.name.magnification}X" / f"photo {k}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(image.path, place)
+    output, drawn = tmp_path / "unknown.csv", tmp_path / "drawn"
+    words = ["--run", str(folder), "--input", str(tmp_path / "new"), "--output", str(output), "--gradcam", str(drawn)]
+    code, out, problems = said(predict_main, words, capsys)
+    assert code == 0 and "2 patients" in out, problems
+    rows = list(csv.DictReader(output.read_text().splitlines()))
+    assert [row["accession"] for row in rows] == ["patient 0", "patient 1"] and rows[0]["networks"] == "3"
+    assert len(list(drawn.glob("*.png"))) == 2
+    code, out, problems = said(predict_main, [*words[:3], str(tmp_path / "drawn"), *words[4:]], capsys)
+    assert code == BAD_DATA and "PATIENT/SLIDE/40X" in problems[0]
+
+
+def check_fold_by_itself(config: Config, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It has figures and thresholds of its own, and leaves those of the run alone; trained anew it leaves other folds alone."""
+    before = {path: path.read_bytes() for path in (folder / "results").iterdir()}
+    words = script(config, tmp_path, 0, ["--fold", "1"])[2:]
+    code, out, problems = said(eval_main, words, capsys)
+    assert code == 0 and (folder / "fold_1" / "results" / "metrics.json").exists(), problems
+    assert before == {path: path.read_bytes() for path in (folder / "results").iterdir()}
+    files = {path: path.stat().st_mtime_ns for path in (folder / "models").iterdir()}
+    code, out, problems = said(main, [*words, "--fresh"], capsys)
+    assert code == 0, problems
+    for path, changed_at in files.items():
+        assert (path.stat().st_mtime_ns != changed_at) == path.name.endswith("fold_1.pth"), path
+
+
+def check_other_images(config: Config, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A patient more would change all folds: networks would be tested on those who trained them."""
+    split, words = (folder / "split.csv").read_bytes(), script(config, tmp_path, 0, [])[2:]
+    assert config.data.root is not None
+    image = scan(config.data.root)[0]
+    size = image.path.stat().st_size
+    added = image.path.with_name(image.path.name.replace("-001.png", "-999.png").replace("-002.png", "-999.png"))
+    assert added != image.path
+    shutil.copy(image.path, added)
+    for command in (main, eval_main):
+        code, out, problems = said(command, words, capsys)
+        assert code == BAD_DATA and f"{added.name} is new" in problems[0], problems
+    assert (folder / "split.csv").read_bytes() == split
+    added.unlink()
+    with image.path.open("ab") as file:
+        file.write(b" ")
+    code, out, problems = said(eval_main, words, capsys)
+    assert code == BAD_DATA and "other images than data.root holds now" in problems[0], problems
+    with image.path.open("ab") as file:
+        file.truncate(size)
 
 
 def check_predictions(config: Config, folder: Path, output: Path, capsys: pytest.CaptureFixture[str]) -> None:
