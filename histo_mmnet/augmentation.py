@@ -13,6 +13,7 @@ from torch import Tensor
 from common.streams import random_for
 from histo_mmnet.config import Augment
 from histo_mmnet.dataset import Batch
+from histo_mmnet.model_defs.slots import into_slots
 from histo_mmnet.stain import estimate, random_stain, reference_stain
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which backbones' weights expect
@@ -29,7 +30,7 @@ def standardised(images: Tensor) -> Tensor:
 
 def prepared(batch: Batch) -> Tensor:
     """The images of a batch to judge, (B, S, 3, y, x) float32; empty slots are 0."""
-    return into_slots(standardised(batch.images[batch.present].float() / 255), batch)
+    return into_slots(standardised(batch.images[batch.present].float() / 255), batch.present)
 
 
 @torch.no_grad()
@@ -47,14 +48,7 @@ def augmented(batch: Batch, settings: Augment, normalisation: str, seed: int) ->
     images = coloured(images, draws)
     if settings.blur:
         images = blurred(images, draws[:, 10])
-    return into_slots(standardised(images), batch)
-
-
-def into_slots(images: Tensor, batch: Batch) -> Tensor:
-    """Images (N, 3, y, x) of the present slots in their places."""
-    slots = images.new_zeros(*batch.present.shape, *images.shape[1:])
-    slots[batch.present] = images
-    return slots
+    return into_slots(standardised(images), batch.present)
 
 
 def draw(seed: int, position: int, slots: int, settings: Augment) -> np.ndarray:

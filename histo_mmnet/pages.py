@@ -185,4 +185,5 @@ def magnification_rows(results: Results, shapley: list[Any]) -> list[dict[str, A
 
 
 def cells_of(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """Rows of equal columns as a table with a head."""
     return [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]

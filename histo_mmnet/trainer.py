@@ -96,6 +96,7 @@ class State:
 
 
 def identity_of(config: Config, material: Material) -> str:
+    """What a checkpoint must agree on to be continued: the constants, and the member."""
     return f"{training_identity(config)}member: {material.member.name} of trial {material.member.fold}\n"
 
 

@@ -72,8 +72,8 @@ class MagnificationFiLM(nn.Module):
 
 
 def into_slots(features: Tensor, present: Tensor) -> Tensor:
-    """Features (N, C) of the N slots that are there as (B, S, C), 0 in the empty ones."""
-    slots = features.new_zeros(*present.shape, features.shape[-1])
+    """Features (N, ...) of the N slots that are there as (B, S, ...), 0 in the empty ones."""
+    slots = features.new_zeros(*present.shape, *features.shape[1:])
     return slots.index_put(tuple(present.nonzero().T), features)
 
 

@@ -13,11 +13,12 @@ from common.errors import BAD_DATA, UserError
 from data.phantoms.histo import accessions, simulate_accession, write_phantom
 from data.phantoms.histo_scene import RATIO
 from data.phantoms.histo_settings import HistoPhantom
-from histo_mmnet.augmentation import augmented, blurred, draw, into_slots, prepared, turned
+from histo_mmnet.augmentation import augmented, blurred, draw, prepared, turned
 from histo_mmnet.composites import all_composites, bag_of
 from histo_mmnet.config import PHANTOM, Augment
 from histo_mmnet.dataset import Batch, CompositeStream, stack
 from histo_mmnet.losses import composite_loss, mixed
+from histo_mmnet.model_defs.slots import into_slots
 from histo_mmnet.names import MAGNIFICATIONS, image_name
 from histo_mmnet.scan import scan
 from histo_mmnet.slides import Album, Slide, slides_of
@@ -296,7 +297,7 @@ def test_photographs_of_two_magnifications_are_not_mixed() -> None:
 def test_slots_hold_their_images(slides: list[Slide], album: Album) -> None:
     batch = batch_of(slides, album)
     values = torch.arange(int(batch.present.sum())).float()[:, None, None, None].expand(-1, 3, 2, 2)
-    slots = into_slots(values, batch)
+    slots = into_slots(values, batch.present)
     assert torch.equal(slots[batch.present], values) and (slots[~batch.present] == 0).all()
 
 
