@@ -119,11 +119,11 @@ def moments_of(state: State, saved: dict[str, Any], config: Config) -> tuple[str
 
 
 def save(state: State, folder: Path, config: Config, volumes: Volumes) -> None:
-    """Write last.pt and metrics.csv, on the first rank only."""
+    """Write metrics.csv, then last.pt, on the first rank only: a run killed between them writes the same rows again."""
     if dist.get_rank() == 0:
+        write_metrics(folder / "metrics.csv", state.records)
         if config.checkpoint.save_last:
             save_checkpoint(state.as_checkpoint(config, volumes), folder / "checkpoints" / "last.pt")
-        write_metrics(folder / "metrics.csv", state.records)
 
 
 def keep_best(state: State, folder: Path, config: Config, volumes: Volumes) -> None:

@@ -338,5 +338,7 @@ def save(state: State, config: Config, material: Material, files: Files) -> None
     if ended and best_of(state.records) is state.records[-1]:
         kept = whole | {"measured": state.records[-1]}
         save_checkpoint({name: kept[name] for name in BEST}, files.best)
+    write_metrics(
+        files.metrics, state.records
+    )  # before what says that they were: a run killed between writes them again
     save_checkpoint(whole, files.last)
-    write_metrics(files.metrics, state.records)

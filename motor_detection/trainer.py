@@ -169,10 +169,10 @@ def take_step(
 
 
 def save(state: State, folder: Path, config: Config, patches: Patches) -> None:
-    """Write last.pt and metrics.csv, on the first rank only."""
+    """Write metrics.csv, then last.pt, on the first rank only: a run killed between them writes the same rows again."""
     if dist.get_rank() == 0:
-        save_checkpoint(state.as_checkpoint(config, patches), folder / "checkpoints" / "last.pt")
         write_metrics(folder / "metrics.csv", state.records)
+        save_checkpoint(state.as_checkpoint(config, patches), folder / "checkpoints" / "last.pt")
 
 
 def keep_if_best(state: State, measured: dict[str, float], folder: Path, config: Config, patches: Patches) -> None:
