@@ -164,7 +164,10 @@ def summary_rows(results: Results) -> list[dict[str, Any]]:
             values = [r[f"test_{PREFIX[level]}{name}"] for r in results]
             count, (mean, deviation) = sum(map(math.isfinite, values)), mean_and_deviation(values)
             half = scipy.stats.t.ppf(0.975, count - 1) * deviation / math.sqrt(count) if count > 1 else math.nan
-            ends = {"low": round(mean - half, 4), "high": round(mean + half, 4)}
+            ends = {
+                "low": round(float(np.clip(mean - half, 0, 1)), 4),
+                "high": round(float(np.clip(mean + half, 0, 1)), 4),
+            }
             rows.append({"level": level, "metric": name, "mean": round(mean, 4)} | ends)
     return rows
 
