@@ -31,7 +31,7 @@ from PIL import Image
 from common.command import ScriptParser
 from common.errors import data_error, run_script
 from common.files import parsing, write_atomically
-from common.volumes.extras import extra_package
+from common.extras import extra_package
 from common.volumes.slices import natural_key
 
 Stack = npt.NDArray[np.uint8]

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from common.errors import config_error
-from common.volumes.extras import extra_package
+from common.extras import extra_package
 from common.volumes.volume import Spacing
 from common.volumes.zarr_arrays import is_zarr
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy.typing as npt
 
 from common.errors import data_error
+from common.extras import extra_package
 from common.files import parsing
 from common.volumes.axes import AUTO, arrange
-from common.volumes.extras import extra_package
 from common.volumes.keys import wrong_key
 from common.volumes.volume import StoredBox, Volume, check_dtype, first_line
 from common.volumes.voxel_size import spacing_from_attributes

@@ -11,9 +11,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from common.errors import data_error
+from common.extras import extra_package
 from common.files import parsing
 from common.volumes.axes import arrange
-from common.volumes.extras import extra_package
 from common.volumes.slices import UNREADABLE_IMAGE, grey_pixels
 from common.volumes.tiff_layout import (
     COMPRESSION,

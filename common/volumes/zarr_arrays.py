@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import config_error
+from common.extras import extra_package
 from common.files import parsing
 from common.volumes.axes import AUTO, LETTERS, arrange
-from common.volumes.extras import extra_package
 from common.volumes.keys import wrong_key
 from common.volumes.volume import StoredBox, Volume, check_dtype
 from common.volumes.voxel_size import ANGSTROM_PER, spacing_from_attributes, spacing_in_angstrom

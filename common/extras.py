@@ -5,7 +5,13 @@ from typing import Any
 
 from common.errors import config_error
 
-PINNED = {"h5py": "3.16.0", "zarr": "3.1.6", "tifffile": "2026.3.3"}  # as in requirements-extras.txt
+PINNED = {
+    "h5py": "3.16.0",
+    "zarr": "3.1.6",
+    "tifffile": "2026.3.3",
+    "pydicom": "3.0.2",
+    "nibabel": "5.4.2",
+}  # as in requirements-extras.txt
 
 
 def extra_package(name: str, purpose: str) -> Any:
