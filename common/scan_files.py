@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from common.errors import UserError, config_error, data_error
+from common.errors import config_error, data_error
 from common.extras import extra_package
+from common.files import parsing
 from common.scans import Scan
 
 LARGEST = 2**33  # bytes of a volume: what claims more is refused before it is unpacked
@@ -45,27 +46,19 @@ def read_scan(path: Path) -> Scan:
         )
     if not path.exists():
         raise config_error(f"{path}: no such file")
-    try:
+    with parsing(path, "is the file whole?"):
         return readers[path.suffix.lower()](path)
-    except UserError:
-        raise
-    except (ValueError, KeyError, IndexError, OSError, EOFError, zlib.error) as error:
-        why = str(error).partition("\n")[0][:160] or type(error).__name__
-        raise data_error(f"{path}: cannot be read ({why}); is the file whole?") from error
 
 
 def read_nifti(path: Path) -> Scan:
     """A NIfTI file: i, j, k towards right, anterior, superior become z, y, x towards superior, posterior, left."""
     nibabel = extra_package("nibabel", f"{path}: reading NIfTI")
-    try:
-        image = nibabel.load(path)
-        shape = tuple(int(n) for n in image.shape)
-        while len(shape) > 3 and shape[-1] == 1:
-            shape = shape[:-1]
-        check_size(path, shape, np.dtype(image.get_data_dtype()))
-        stored = np.asarray(image.dataobj).reshape(shape)
-    except (nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError) as error:
-        raise ValueError(str(error)) from error
+    image = nibabel.load(path)
+    shape = tuple(int(n) for n in image.shape)
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    check_size(path, shape, np.dtype(image.get_data_dtype()))
+    stored = np.asarray(image.dataobj).reshape(shape)
     affine = (
         np.asarray(image.affine, float) * np.array([-1, -1, 1, 1])[:, None]
     )  # rows x, y, z: left, posterior, superior

@@ -26,7 +26,7 @@ class Window:
     def to_bytes(self, units: npt.NDArray[np.floating]) -> Bytes:
         """Bytes 0..255, rounded."""
         scaled = (np.clip(units, self.low, self.high) - self.low) * (255 / (self.high - self.low))
-        return (scaled + 0.5).astype(np.uint8)
+        return np.asarray(scaled + 0.5).astype(np.uint8)
 
     def to_units(self, stored: Bytes) -> npt.NDArray[np.float32]:
         """Hounsfield units of bytes, right to half a step within the window."""
@@ -86,8 +86,8 @@ def crop(
 ) -> Bytes:
     """Bytes [z, y, x] on a grid along the patient's axes about a centre, linearly interpolated; air outside the scan."""
     scan = canonical(scan)
-    axes = [
-        place + (np.arange(number) - (number - 1) / 2) * spacing_mm
+    axes: list[Floats] = [
+        np.asarray(place + (np.arange(number) - (number - 1) / 2) * spacing_mm, np.float64)
         for place, number in zip(centre_mm, shape, strict=True)
     ]
     directions = scan.affine[:3, :3] / np.array(scan.spacing_mm)

@@ -30,8 +30,8 @@ from PIL import Image
 
 from common.command import ScriptParser
 from common.errors import data_error, run_script
-from common.files import parsing, write_atomically
 from common.extras import extra_package
+from common.files import parsing, write_atomically
 from common.volumes.slices import natural_key
 
 Stack = npt.NDArray[np.uint8]

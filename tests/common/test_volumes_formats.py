@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from common.errors import UserError
-from common.volumes.axes import check_same_shape
 from common.extras import PINNED
+from common.volumes.axes import check_same_shape
 from common.volumes.opening import open_volume
 from common.volumes.slices import write_slice_folder
 from common.volumes.volume import Volume
