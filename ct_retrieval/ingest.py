@@ -47,6 +47,8 @@ from ct_retrieval.store import (
     write_study,
 )
 
+NO_AIR_HU = -500  # that the least value of a chest lies below
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Found:
@@ -149,17 +151,30 @@ def best_series(study: Found) -> Series | None:
 def scan_of(study: Found, config: Config) -> tuple[Scan, list[Finding]]:
     """A study's volume and all findings of it. Raises a data error where it has none."""
     if study.file is not None:
-        return canonical(read_scan(study.file)), []
+        scan = canonical(read_scan(study.file))
+        check_units(study.file, scan)
+        check_extent(study.name, (scan.values.shape[0] - 1) * scan.spacing_mm[0], config)
+        return scan, []
     series = best_series(study)
     if series is None:
         raise data_error(f"{study.name}: no series is a volume")
-    if extent_mm(series) < config.ingest.least_extent_mm:
-        raise data_error(
-            f"{study.name}: {extent_mm(series):.0f} mm of slices; expected at least {config.ingest.least_extent_mm:g} "
-            "(ingest.least_extent_mm)"
-        )
+    check_extent(study.name, extent_mm(series), config)
     scan, more = assemble(series)
     return canonical(scan), [*series.findings, *more]
+
+
+def check_extent(name: str, extent: float, config: Config) -> None:
+    """A data error for a few slices."""
+    if extent < config.ingest.least_extent_mm:
+        least = config.ingest.least_extent_mm
+        raise data_error(f"{name}: {extent:.0f} mm of slices; expected at least {least:g} (ingest.least_extent_mm)")
+
+
+def check_units(path: Path, scan: Scan) -> None:
+    """A data error for numbers that are no Hounsfield units: masks, labels, scaled pictures have no air."""
+    if scan.values.min() > NO_AIR_HU:
+        low, high = scan.values.min(), scan.values.max()
+        raise data_error(f"{path}: holds {low:g} to {high:g}, no air: a mask or a picture? expected Hounsfield units")
 
 
 def source_of(study: Found) -> str:
