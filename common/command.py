@@ -69,6 +69,8 @@ def parse_config(
     """
     chosen = parser.parse_intermixed_args(arguments)
     base = [chosen.run / "config.yaml"] if "run" in chosen and chosen.run is not None else []
+    if base and not base[0].exists():
+        raise config_error(f"--run: {chosen.run}: no run's folder (no config.yaml in it)")
     files = [*base, *chosen.config]
     default = chosen.preset if chosen.preset is not None else next(iter(presets))
     preset = preset_of(chosen.config, default)

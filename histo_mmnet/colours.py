@@ -27,10 +27,20 @@ def read_picture(path: Path) -> npt.NDArray[np.uint8]:
     """An image as RGB bytes (height, width, 3); a data error names a file that is none."""
     try:
         with Pictures.open(path) as picture:
-            pixels: npt.NDArray[np.uint8] = np.asarray(picture.convert("RGB"))
+            pixels: npt.NDArray[np.uint8] = np.asarray(opaque(picture).convert("RGB"))
     except (OSError, SyntaxError, ValueError, Pictures.DecompressionBombError) as error:
         raise data_error(f"{path}: cannot be read as an image ({error}); copy it again") from error
     return pixels
+
+
+def opaque(picture: Pictures.Image) -> Pictures.Image:
+    """A picture of 8 bits without transparency: 16 bits are scaled, what shines through is white."""
+    if picture.mode.startswith("I"):  # Pillow's own conversion clips at 255
+        return Pictures.fromarray((np.asarray(picture).astype(np.float64) / 257).clip(0, 255).round().astype(np.uint8))
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        coloured = picture.convert("RGBA")
+        return Pictures.alpha_composite(Pictures.new("RGBA", picture.size, "white"), coloured)
+    return picture
 
 
 def lab(pixels: npt.NDArray[np.uint8]) -> Floats:

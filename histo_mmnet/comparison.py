@@ -1,6 +1,7 @@
 """Two judgements of the same patients: the paired difference of their figures."""
 
 import csv
+import json
 from pathlib import Path
 
 import numpy as np
@@ -16,19 +17,28 @@ PAIRED = ("balanced_accuracy", "auc")
 
 
 def patients_of(folder: Path) -> Cases:
-    """The patients of a run, from its results/predictions.csv."""
-    path = folder / "results" / "predictions.csv"
+    """The patients of a run, from its results/patients.csv."""
+    path = folder / "results" / "patients.csv"
     if not path.exists():
         raise data_error(f"{path}: no such file; eval.py of that run writes it")
     with parsing(path, "eval.py of that run writes it anew"):
         rows = list(csv.DictReader(read_text(path).splitlines()))
+        if not rows:
+            raise ValueError("no patient in it")
         return Cases(
             np.array([float(row["probability"]) for row in rows]),
             np.array([int(row["label"]) for row in rows], np.int64),
             np.array([float(row["threshold"]) for row in rows]),
             tuple(row["patient"] for row in rows),
             tuple(row["accession"] for row in rows),
-        ).of_patients()
+        )
+
+
+def threshold_rule(run: Path) -> str:
+    """How the thresholds of a judged run were chosen, in words."""
+    path = run / "results" / "metrics.json"
+    with parsing(path, "eval.py writes it anew"):
+        return str(json.loads(read_text(path))["threshold_rule"])
 
 
 def shared(ours: Cases, theirs: Cases) -> list[tuple[int, int]]:
@@ -63,6 +73,9 @@ def compare(folder: Path, other: Path, settings: Evaluation) -> str:
     if wrong:
         raise data_error(f"--compare: {other}: patient {wrong[0]} has another label there")
     lines = [f"beside {other}, {len(rows)} patients of both runs, paired {100 * settings.confidence:g}% intervals:"]
+    rules = threshold_rule(folder), threshold_rule(other)
+    if rules[0] != rules[1]:
+        lines.append(f"  note: thresholds here by {rules[0]}, there by {rules[1]}")
     for name, interval in paired(ours, theirs, settings).items():
         words = name.replace("auc", "AUC").replace("_", " ")
         lines.append(f"  {words} {interval.estimate:+.3f} ({interval.low:+.3f} to {interval.high:+.3f})")

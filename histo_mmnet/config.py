@@ -27,6 +27,8 @@ class Data:
 
     def problems(self) -> Iterator[str]:
         yield from outside(self, {"image_size": (32, 2048)})
+        if self.source == "phantom" and self.root is None:
+            yield "root: expected a folder to simulate into for data.source=phantom, got null"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,11 +24,12 @@ import torch
 
 from common.command import parse_config, script_parser
 from common.errors import config_error, run_script
+from common.files import read_text, write_text
 from common.lock import exclusive
 from common.logbook import first_difference
 from common.memory import keep_freed_memory
 from common.parallel import process_group
-from histo_mmnet.comparison import compare
+from histo_mmnet.comparison import compare, patients_of
 from histo_mmnet.config import PRESETS, Config
 from histo_mmnet.folds import chosen_trials
 from histo_mmnet.gradcam import check_layer
@@ -63,6 +64,16 @@ def check_same_run(config: Config, folder: Path, trials: list[Trial]) -> None:
                 )
 
 
+def check_constants(config: Config, folder: Path) -> None:
+    """The constants of a run must be these: told before they lead to other folds or images."""
+    there, here = read_text(folder / "identity.yaml"), training_identity(config)
+    if there != here:
+        raise config_error(
+            f"--run: {folder} was trained with other constants ({first_difference(here, there)}); give --run FOLDER and "
+            "nothing that shapes it"
+        )
+
+
 def load_config(path: Path, fold: int) -> Config:
     """The config that a fold's weights were trained with."""
     return load_member(path, mmnet_of(fold), torch.device("cpu"))[1]
@@ -81,17 +92,25 @@ def main(arguments: list[str]) -> int:
     config, flags = parse_config(parser, PRESETS, arguments)
     folder = flags.run if flags.run is not None else run_folder(config)
     if not (folder / "split.csv").exists():
-        raise config_error(f"--run: no run at {folder} (no split.csv); train.py with the same words makes it")
+        runs = sorted(str(path.parent) for path in folder.parent.glob("*/split.csv"))
+        there = f"; there are {', '.join(runs[:5])} (--run FOLDER)" if runs else ""
+        raise config_error(f"--run: no run at {folder} (no split.csv); train.py with the same words makes it{there}")
+    check_constants(config, folder)
+    if flags.compare is not None:
+        patients_of(flags.compare)  # a wrong folder is told before anything is judged
     asked = Asked(**{name: flags.all or getattr(flags, name) for name in FLAGS})
     keep_freed_memory()
-    with process_group(config.train.deterministic) as device, exclusive(folder / "results"):
+    with process_group(config.train.deterministic) as device, exclusive(folder):
         collection = with_recorded_split(collect(config), folder)
         trials = chosen_trials(collection, flags.fold)
         for line in (*collection.told, *check_trained(trials, folder)):
             print(line)
         check_same_run(config, folder, trials)
         if asked.gradcam:
-            check_layer(folder, trials, config)
+            network, trained = load_member(
+                Files.of(folder, mmnet_of(trials[0].number)).best, mmnet_of(trials[0].number), device
+            )
+            check_layer(network, trained, config.evaluation.gradcam_layer)
         # a fold by itself has other thresholds and figures than the run: they do not replace it
         output = folder if flags.fold is None else folder / f"fold_{flags.fold}"
         if (output / "results" / "metrics.json").exists():
@@ -102,7 +121,10 @@ def main(arguments: list[str]) -> int:
         written = write_pages(verdict, results, asked, config, folder, output, device)
     print(summary(verdict, config))
     if flags.compare is not None:
-        print(compare(output, flags.compare, config.evaluation))
+        told = compare(output, flags.compare, config.evaluation)
+        write_text(output / "results" / "comparison.txt", told + "\n")
+        print(told)
+        written.append(output / "results" / "comparison.txt")
     print(*written, sep="\n")
     return 0
 

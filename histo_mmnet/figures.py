@@ -5,6 +5,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from common.figures import save_figure
 from common.metrics.classification import calibration, confusion, roc_auc, roc_curve
@@ -12,7 +13,7 @@ from common.metrics.intervals import Interval
 from histo_mmnet.evaluation import CALIBRATION_BINS, Cases
 from histo_mmnet.names import MAGNIFICATIONS
 
-PANELS = {"train_losses": "training loss", "val_losses": "validation loss",
+PANELS = {"train_losses": "training loss (with that of single photographs)", "val_losses": "validation loss",
           "val_balanced_accuracies": "validation balanced accuracy", "val_aucs": "validation AUC"}  # fmt: skip
 
 
@@ -23,6 +24,9 @@ def draw_learning_curves(results: list[dict[str, Any]], path: Path) -> None:
         for one in results:
             values = one["training_history"][key]
             panel.plot(range(1, len(values) + 1), values, lw=1.2, marker=".", ms=4, label=f"fold {one['fold']}")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if key in ("val_balanced_accuracies", "val_aucs"):
+            panel.axhline(0.5, color="grey", ls=":", lw=1)
         panel.set_title(words, fontsize=10)
         panel.grid(alpha=0.3)
     axes[1, 0].set_xlabel("epoch")
@@ -58,6 +62,7 @@ def draw_importance(results: list[dict[str, Any]], shapley: list[Interval], path
         left.boxplot([[one[str(m)] for one in told] for m in MAGNIFICATIONS], tick_labels=names)
         left.axhline(1 / len(names), color="grey", ls=":", lw=1)
     left.set_title(f"importance in the fusion, {len(told)} folds", fontsize=10)
+    left.set_ylabel("mean weight over composites")
     middle = np.array([interval.estimate for interval in shapley])
     ends = np.array([[i.estimate - i.low, i.high - i.estimate] for i in shapley]).T
     right.bar(names, middle, color="#7a9cc6", yerr=np.maximum(ends, 0), capsize=4)
@@ -77,15 +82,17 @@ def draw_decisions(patients: Cases, cases: Cases, path: Path) -> None:
     for (row, column), number in np.ndenumerate(table):
         colour = "white" if number > table.max() / 2 else "black"
         left.text(column, row, str(number), ha="center", va="center", fontsize=14, color=colour)
-    left.set(xticks=[0, 1], yticks=[0, 1], xlabel="said", ylabel="true")
+    left.set(xticks=[0, 1], yticks=[0, 1], xlabel="called", ylabel="truly")
     left.set_xticklabels(["benign", "malignant"])
     left.set_yticklabels(["benign", "malignant"], rotation=90, va="center")
-    left.set_title(f"{len(patients.label)} patients", fontsize=10)
+    left.set_title(f"{len(patients.label)} patients at their folds' thresholds", fontsize=10)
     said, was, count, error = calibration(cases.label, cases.probability, CALIBRATION_BINS)
     right.plot([0, 1], [0, 1], ":", color="grey", lw=1)
     right.scatter(said, was, s=10 + 300 * count / count.sum(), alpha=0.7)
     right.plot(said, was, lw=1)
     right.set(xlabel="mean probability", ylabel="share that is malignant", xlim=(0, 1), ylim=(-0.03, 1.03))
-    right.set_title(f"calibration of {len(cases.label)} composites: expected error {error:.3f}", fontsize=10)
+    right.set_title(
+        f"calibration of {len(cases.label)} composites (area: how many): expected error {error:.3f}", fontsize=10
+    )
     right.grid(alpha=0.3)
     save_figure(figure, path)

@@ -29,12 +29,11 @@ from histo_mmnet.config import Config
 from histo_mmnet.dataset import stacked
 from histo_mmnet.evaluation import FoldVerdict
 from histo_mmnet.judging import Verdict
-from histo_mmnet.members import Network, mmnet_of
+from histo_mmnet.members import Network
 from histo_mmnet.names import CLASSES, MAGNIFICATIONS
 from histo_mmnet.predictions import load_member, probability
 from histo_mmnet.results import as_csv
 from histo_mmnet.slides import Album, Slide
-from histo_mmnet.splits import Trial
 from histo_mmnet.trainer import Files
 
 STEPS = 10  # of taking away and putting back
@@ -50,6 +49,7 @@ class Explained:
 
     composite: Composite
     probability: float  # of malignancy
+    threshold: float  # of the probability
     is_malignant: bool  # the decision that is explained
     maps: npt.NDArray[np.float64]  # (4, y, x) of the photographs' size, 0..1 over all four; 0 where there is none
     deletion: float  # area under the probability of the decision, lower is better
@@ -133,14 +133,13 @@ def axes_of_maps(output: Any, size: tuple[int, ...]) -> tuple[tuple[int, int], i
     return None
 
 
-def check_layer(folder: Path, trials: list[Trial], config: Config) -> None:
+def check_layer(network: Network, trained: Config, layer: str) -> None:
     """A config error where the layer to look at is none, before hours are spent on figures."""
-    member = mmnet_of(trials[0].number)
-    network, trained = load_member(Files.of(folder, member).best, member, torch.device("cpu"))
+    device = next(network.parameters()).device
     present = torch.ones(1, len(MAGNIFICATIONS), dtype=torch.bool)
-    images = torch.zeros(*present.shape, 3, *trained.data.image_size)
-    places = torch.arange(len(MAGNIFICATIONS))[None]
-    activation_maps(network, images, places, present, config.evaluation.gradcam_layer, 0.0, "float32")
+    images = torch.zeros(*present.shape, 3, *trained.data.image_size, device=device)
+    places = torch.arange(len(MAGNIFICATIONS), device=device)[None]
+    activation_maps(network, images, places, present.to(device), layer, 0.0, "float32")
 
 
 def enlarged(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -196,7 +195,7 @@ def explain(network: Network, composite: Composite, album: Album, config: Config
         decision_curves(network, images, *where, order, logit >= limit, precision) for order in (large, chance)
     )
     shown = np.asarray(large.cpu().double().numpy(), np.float64)
-    return Explained(composite, probability_of(logit), logit >= limit, shown, *marked, *random)
+    return Explained(composite, probability_of(logit), threshold, logit >= limit, shown, *marked, *random)
 
 
 def chosen_composites(fold: FoldVerdict) -> list[Composite]:
@@ -235,9 +234,13 @@ def draw_gradcams(
 
 def caption(found: Explained, truth: str) -> str:
     """A picture's words."""
+    called = CLASSES["BM"[found.is_malignant]]
+    if not found.maps.any():
+        return f"{found.composite.slide.name}, truly {truth}, called {called}: nothing in this layer speaks for it."
     return (
-        f"{found.composite.slide.name}, {truth}: probability of malignancy {found.probability:.3f}. Taking away what is "
-        f"marked: {found.deletion:.3f} (random order {found.random_deletion:.3f}; lower is better); putting it back: "
+        f"{found.composite.slide.name}, truly {truth}, called {called} (probability of malignancy {found.probability:.3f}, "
+        f"threshold {found.threshold:.3f}). Mean probability of {called} while the marked pixels are taken away, most marked "
+        f"first: {found.deletion:.3f} (in random order {found.random_deletion:.3f}; lower is better); while they are put back: "
         f"{found.insertion:.3f} ({found.random_insertion:.3f}; higher is better)."
     )
 
@@ -258,6 +261,7 @@ def draw_explained(found: Explained, album: Album, words: str, path: Path) -> No
                 panel.imshow(found.maps[column], cmap="inferno", alpha=0.5, vmin=0, vmax=1)
         axes[0, column].set_title(f"{m}X" if photograph is not None else f"{m}X: none", fontsize=9)
     said = CLASSES["BM"[found.is_malignant]]
-    title = f"{found.composite.slide.name}: {said} ({found.probability:.2f}){', ' * bool(words)}{words}"
+    decision = f"p = {found.probability:.2f}, threshold {found.threshold:.2f}"
+    title = f"{found.composite.slide.name}: what speaks for {said} ({decision}); {words}"
     figure.suptitle(title, fontsize=10)
     save_figure(figure, path)

@@ -31,10 +31,12 @@ from histo_mmnet.evaluation import (
 from histo_mmnet.folds import composites_of, images_digest
 from histo_mmnet.members import KIND, Member, baselines_of, mmnet_of
 from histo_mmnet.places import Collection
-from histo_mmnet.predictions import ALL, NUM_SETS, load_member, predict
+from histo_mmnet.predictions import ALL, NUM_SETS, load_member, predict, probability
 from histo_mmnet.slides import Album
 from histo_mmnet.splits import Trial, shared_units
 from histo_mmnet.trainer import MONITOR, Files, ends_early
+
+SILENT = 0.01  # range of probabilities below which a network says nothing
 
 
 def judge_member(
@@ -88,7 +90,8 @@ def check_trained(trials: list[Trial], folder: Path) -> list[str]:
         files = Files.of(folder, mmnet_of(trial.number))
         if not files.best.exists():
             raise config_error(
-                f"--run: no weights at {files.best}; train.py with the same words and --fold {trial.number} trains them"
+                f"--run: no weights at {files.best}: training was interrupted, or of other folds only; the same train.py "
+                "command continues it"
             )
         for member in (mmnet_of(trial.number), *baselines_of(trial.number)):
             files = Files.of(folder, member)
@@ -132,6 +135,19 @@ def judge(collection: Collection, trials: list[Trial], config: Config, folder: P
     figures = main_figures(folds, cases, config) | single_figures(cases["patient"], baselines, config)
     figures |= colour_figures(collection, trials, config) | protocol_figures(trials, cases["patient"], config)
     return Verdict(folds, baselines, cases, figures)
+
+
+def told_of_silence(folds: list[FoldVerdict]) -> list[str]:
+    """Lines about networks that say the same of everything: their figures are of noise."""
+    told = []
+    for fold in folds:
+        said = probability(fold.predictions.logits)
+        if len(said) and said.max() - said.min() < SILENT:
+            told.append(
+                f"warning: the network of fold {fold.member.fold} tells nothing apart: all its probabilities lie between "
+                f"{said.min():.4f} and {said.max():.4f}"
+            )
+    return told
 
 
 def main_figures(folds: list[FoldVerdict], cases: dict[Level, Cases], config: Config) -> Figures:
@@ -207,6 +223,7 @@ def protocol_figures(trials: list[Trial], patients: Cases, config: Config) -> Fi
     leaking = [shared_units(trial, "accession") for trial in trials]
     return {
         "split_protocol": config.split.protocol,
+        "threshold_rule": f"{config.evaluation.threshold_for.replace('_', ' ')} on validation, {config.evaluation.threshold}",
         "n_accessions": len(set(patients.accession)),
         "shared_accessions": len(set().union(*leaking)),
         "leaking_test_images": sum(len(names) for shared in leaking for names in shared.values()),

@@ -109,7 +109,10 @@ def read_nesting(path: Path, images: list[Image]) -> Nesting:
     of = {image.name.file: image.path for image in images}
     found: Nesting = {}
     with parsing(path, "delete it; it is made anew"):
-        for row in csv.DictReader(io.StringIO(read_text(path)), strict=True):
+        rows = csv.DictReader(io.StringIO(read_text(path)), strict=True)
+        if tuple(rows.fieldnames or ()) != COLUMNS:
+            raise ValueError(f"columns {rows.fieldnames}")
+        for row in rows:
             if row["file"] in of and row["inside"] in of:
                 numbers = (float(row[name]) for name in COLUMNS[2:])
                 found[of[row["file"]]] = Place(of[row["inside"]], *numbers)

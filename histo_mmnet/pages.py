@@ -9,13 +9,13 @@ import numpy as np
 import scipy.stats
 import torch
 
-from common.files import write_text
+from common.files import read_text, write_text
 from common.report import Section, write_report
 from histo_mmnet.config import Config
 from histo_mmnet.evaluation import LEVELS, magnification_importance
 from histo_mmnet.figures import draw_decisions, draw_importance, draw_learning_curves, draw_roc_curves
 from histo_mmnet.gradcam import draw_gradcams
-from histo_mmnet.judging import Verdict
+from histo_mmnet.judging import Verdict, told_of_silence
 from histo_mmnet.names import MAGNIFICATIONS
 from histo_mmnet.results import PREFIX, SUMMARY, as_csv, mean_and_deviation
 
@@ -42,6 +42,7 @@ def summary(verdict: Verdict, config: Config) -> str:
 
     lines = [
         *([f"warning: {leak_words(verdict)}"] if figures["leaking_test_images"] else []),
+        *told_of_silence(verdict.folds),
         f"patients ({figures['n_patients']}): balanced accuracy {told('patient_balanced_accuracy')}, "
         f"AUC {told('patient_auc')}, recognition rate {told('patient_recognition_rate')}",
         f"composites ({figures['n_composites']}): balanced accuracy {figures['composite_balanced_accuracy']:.3f}, "
@@ -62,7 +63,7 @@ def summary(verdict: Verdict, config: Config) -> str:
         "  chance: 0.500",
     ]
     if "best_single_magnification" not in figures:
-        lines.append("  no baselines of single magnifications: train_single_mag.py trains them")
+        lines.append("  baselines of single magnifications are not trained on all folds: train_single_mag.py does")
     return "\n".join(lines)
 
 
@@ -80,8 +81,9 @@ def write_pages(
 ) -> list[Path]:
     """Draw what was asked for of a run's folder, write report.html, both below output; returns all that was written."""
     plots, tables = output / "plots", output / "results"
-    told = leak_words(verdict) if verdict.figures["leaking_test_images"] else ""
-    sections = [Section("Result", told, result_table(verdict, config), None, "")]
+    told = [*([leak_words(verdict)] if verdict.figures["leaking_test_images"] else []), *told_of_silence(verdict.folds)]
+    sections = [Section("Result", "; ".join([*told, described(verdict, config)]), result_table(verdict, config), None,
+                        read_text(folder / "config.yaml"))]  # fmt: skip
     written = [tables / "metrics.json"]
 
     def shown(title: str, text: str, path: Path) -> None:
@@ -115,6 +117,18 @@ def write_pages(
     return [*written, output / "report.html"]
 
 
+def described(verdict: Verdict, config: Config) -> str:
+    """What was judged, how and of whom, in a sentence."""
+    f, limits = verdict.figures, sorted({round(fold.thresholds.patient, 3) for fold in verdict.folds})
+    kind = "simulated patients" if config.data.source == "phantom" else "photographs from files"
+    words = [
+        f"{kind}: {f['n_images']} photographs of {f['n_accessions']} accessions, {f['folds']} folds by {f['split_protocol']}",
+        f"thresholds for patients {', '.join(map(str, limits))} (best {f['threshold_rule']})",
+        "intervals draw accessions with replacement; networks and thresholds stay",
+    ]
+    return "; ".join(words) + "."
+
+
 def result_table(verdict: Verdict, config: Config) -> list[list[str]]:
     """Figure, value, interval, simple methods, chance."""
     f = verdict.figures
@@ -137,6 +151,12 @@ def result_table(verdict: Verdict, config: Config) -> list[list[str]]:
          ["", number("colour_baseline_image_balanced_accuracy"), "0.500"]),
     ):  # fmt: skip
         rows.append([words, number(name), f"{number(f'{name}_low')} to {number(f'{name}_high')}", *beside])
+    rows += [
+        [f"{words}: {figure}", number(name), f"{number(f'{name}_low')} to {number(f'{name}_high')}", "", "", ""]
+        for words, key in [(f"network of {m}X alone", f"single_{m}X") for m in MAGNIFICATIONS]
+        + [(f"all four less {f['best_single_magnification']}, paired", "over_best_single")]
+        for figure, name in (("balanced accuracy", f"{key}_balanced_accuracy"), ("AUC", f"{key}_auc"))
+    ] if "best_single_magnification" in f else []  # fmt: skip
     return rows
 
 

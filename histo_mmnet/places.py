@@ -9,7 +9,7 @@ from common.errors import config_error, data_error
 from data.phantoms.histo import write_phantom
 from histo_mmnet.config import Config, Split
 from histo_mmnet.nesting import nesting_of, read_nesting, write_nesting
-from histo_mmnet.scan import Image, counts_of, differences, find_breast, published_counts, scan, without_doubled
+from histo_mmnet.scan import INSIDE, Image, counts_of, differences, find_breast, published_counts, scan, without_doubled
 from histo_mmnet.slides import Album, Nesting, Slide, slides_of
 from histo_mmnet.splits import ROLES, Role, Trial, fold_trials, read_official, read_split, write_split
 
@@ -33,13 +33,24 @@ def find_images(config: Config) -> tuple[list[Image], list[str]]:
     data = config.data
     if data.source == "phantom":
         assert data.root is not None, "The phantom's config says where it is simulated"
+        if holds_images(data.root):
+            raise config_error(
+                f"data.root: {data.root} holds photographs, but data.source=phantom simulates patients; give --preset "
+                "breakhis, or data.source=files"
+            )
         folder = data.root.with_name(f"{data.root.name}-{fingerprint(config.phantom)}")
-        return scan(write_phantom(config.phantom, folder, PRODUCERS)), []
+        images = scan(write_phantom(config.phantom, folder, PRODUCERS))
+        return images, [f"SIMULATED patients, {len(images):,} images: {folder}"]
     breast = find_breast(data.root)
     images = scan(breast)
     told = [f"images: {breast}", *differences(counts_of(images), published_counts())]
     images, dropped = without_doubled(images, data.doubled)
     return images, told + dropped
+
+
+def holds_images(folder: Path) -> bool:
+    """Whether BreakHis, or anything laid out like it, lies in a folder."""
+    return folder.is_dir() and any((folder / inside / "benign").is_dir() for inside in INSIDE)
 
 
 def collect(config: Config) -> Collection:
@@ -111,14 +122,14 @@ def with_recorded_split(collection: Collection, folder: Path) -> Collection:
         write_split(path, collection.trials)
         return collection
     recorded = read_split(path)
-    then = {name.file for trial in recorded for name in trial.names}
-    now = {name.file for trial in collection.trials for name in trial.names}
+    then = {(trial.number, name.file) for trial in recorded for name in trial.names}
+    now = {(trial.number, name.file) for trial in collection.trials for name in trial.names}
     if then != now:
-        first = min(then ^ now)
-        what = f"{first} is {'new' if first in now else 'missing'}"
+        trial, first = min(then ^ now)
+        what = f"{first} of fold {trial} is {'new' if (trial, first) in now else 'missing'}"
         raise data_error(
-            f"{path}: the run began with {len(then):,} images, data.root holds {len(now):,} now ({what}); restore them, give "
-            "another run.name, or --fresh"
+            f"{path}: the run began with {len(then):,} rows of images and folds, data.root gives {len(now):,} now ({what}); "
+            "restore them, give another run.name, or --fresh without --fold"
         )
     return dataclasses.replace(collection, trials=recorded)
 
@@ -139,7 +150,8 @@ def training_identity(config: Config) -> str:
 
     Where the images lie does not: a checkpoint knows their names and sizes.
     """
-    same = dataclasses.replace(config, train=dataclasses.replace(config.train, workers=0),
+    train = dataclasses.replace(config.train, workers=0, single_magnifications=True)
+    same = dataclasses.replace(config, train=train,
                                data=dataclasses.replace(config.data, use_cache=False, root=None))  # fmt: skip
     return "".join(f"{name}:\n{as_yaml(getattr(same, name))}" for name in SHAPING)
 

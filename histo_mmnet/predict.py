@@ -32,9 +32,10 @@ from common.files import write_text
 from common.logbook import progress
 from common.memory import keep_freed_memory
 from common.parallel import inference_device
+from histo_mmnet.comparison import threshold_rule
 from histo_mmnet.composites import Composite, all_composites, bag_of
 from histo_mmnet.config import PRESETS, Config, Evaluation
-from histo_mmnet.gradcam import draw_explained, explain
+from histo_mmnet.gradcam import check_layer, draw_explained, explain
 from histo_mmnet.members import Network, mmnet_of, pools_patients
 from histo_mmnet.names import CLASSES, MAGNIFICATIONS
 from histo_mmnet.nesting import nesting_of
@@ -50,6 +51,9 @@ def unseen(trial: Trial, slides: list[Slide]) -> list[Slide]:
     """The slides of accessions that a trial neither trained nor validated on."""
     seen = {name.accession for name in (*trial.of("train"), *trial.of("val"))}
     return [slide for slide in slides if slide.accession not in seen]
+
+
+SHOWN = 5  # files that are told by name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,11 +86,15 @@ def find_slides(folder: Path) -> list[Slide]:
     try:
         breast = find_breast(folder)
     except UserError:
-        return new_slides(folder)
+        slides, ignored = new_slides(folder)
+        if ignored:
+            more = f" and {len(ignored) - SHOWN} more" if len(ignored) > SHOWN else ""
+            print(f"note: not PATIENT/SLIDE/40X/*.png, and left out: {', '.join(ignored[:SHOWN])}{more}")
+        return slides
     return slides_of(scan(breast), {})
 
 
-Group = tuple[str, str]  # "accession" or "slide", and its name
+Group = tuple[str, str]  # "patient" or "slide", and its name
 Said = dict[Group, list[tuple[Judge, float]]]  # each network that may judge it, and its mean probability
 
 
@@ -120,7 +128,7 @@ def row_of(group: Group, slides: list[Slide], said: Said) -> dict[str, Any]:
     return {
         key: name, "probability": round(mean, 6), "lowest_network": round(float(values.min()), 6),
         "highest_network": round(float(values.max()), 6), "networks": len(values), "threshold": round(threshold, 6),
-        "said": CLASSES["BM"[mean >= threshold]], "slides": len(slides),
+        "said": CLASSES["BM"[int(mean >= threshold)]], "slides": len(slides),
         "images": sum(len(paths) for slide in slides for paths in slide.images.values()),
     }  # fmt: skip
 
@@ -129,13 +137,14 @@ def draw_reasons(
     folder: Path, patients: dict[Group, list[Slide]], said: Said, album: Album, settings: Evaluation
 ) -> None:
     """A Grad-CAM per patient: the first composite, the network whose probability is in the middle."""
-    for group, slides in progress(patients.items(), "drawing Grad-CAM", len(patients), True):
+    for number, (group, slides) in enumerate(progress(patients.items(), "drawing Grad-CAM", len(patients), True), 1):
         judge, _ = sorted(said[group], key=lambda pair: pair[1])[(len(said[group]) - 1) // 2]
         used = dataclasses.replace(judge.trained, evaluation=settings)
         composite = all_composites(slides, MAGNIFICATIONS)[0]
         found = explain(judge.network, composite, album, used, judge.threshold)
         file = re.sub(r"[^\w.-]", "_", group[1])
-        draw_explained(found, album, f"network of fold {judge.trial.number}", folder / f"{file}.png")
+        words = f"the network of fold {judge.trial.number}, one composite of {group[1]}"
+        draw_explained(found, album, words, folder / f"{number:03d}_{file}.png")
 
 
 def main(arguments: list[str]) -> int:
@@ -151,6 +160,8 @@ def main(arguments: list[str]) -> int:
         raise config_error(f"--output: expected a .csv file, got {flags.output}")
     keep_freed_memory()
     judges = judges_of(flags.run, inference_device())
+    if flags.gradcam is not None:
+        check_layer(judges[0].network, judges[0].trained, config.evaluation.gradcam_layer)
     trained = judges[0].trained  # images are prepared as in training, whatever the command says
     album, slides = Album.of(trained), find_slides(flags.input)
     if trained.data.nesting:
@@ -158,7 +169,7 @@ def main(arguments: list[str]) -> int:
         slides = [dataclasses.replace(slide, nesting=own_places(slide, nesting)) for slide in slides]
     patients: dict[Group, list[Slide]] = defaultdict(list)
     for slide in slides:
-        patients["accession", slide.accession].append(slide)
+        patients["patient", slide.accession].append(slide)
     single: dict[Group, list[Slide]] = {("slide", slide.name): [slide] for slide in slides}
     said = said_of(judges, patients | single, album, config.evaluation)
     missing = [name for kind, name in patients if (kind, name) not in said]
@@ -168,6 +179,9 @@ def main(arguments: list[str]) -> int:
             "expected other patients"
         )
     rows = [row_of(group, own, said) for group, own in sorted(patients.items())]
+    print(f"thresholds: {threshold_rule(flags.run)}, as eval.py chose them last")
+    if trained.data.source == "phantom":
+        print("note: these networks were trained on simulated patients")
     write_text(flags.output, as_csv(rows))
     beside = flags.output.with_name(f"{flags.output.stem}_slides.csv")
     write_text(beside, as_csv([row_of(group, own, said) for group, own in single.items()]))

@@ -17,7 +17,7 @@ from common.metrics.classification import confusion, roc_auc, roc_curve
 from histo_mmnet.config import Config, Protocol
 from histo_mmnet.evaluation import LEVELS, FoldVerdict, Level, cases_of, patient_of
 from histo_mmnet.judging import Verdict
-from histo_mmnet.names import MAGNIFICATIONS
+from histo_mmnet.names import CLASSES, MAGNIFICATIONS
 from histo_mmnet.predictions import probability
 from histo_mmnet.splits import ROLES, Trial
 from histo_mmnet.trainer import Files
@@ -28,7 +28,7 @@ CURVES = {"train_losses": "train_loss", "val_losses": "val_loss", "val_balanced_
           "val_aucs": "val_auc", "learning_rates": "learning_rate"}  # fmt: skip
 
 
-def fold_results(fold: FoldVerdict, trial: Trial, protocol: Protocol, folder: Path) -> dict[str, Any]:
+def fold_results(fold: FoldVerdict, trial: Trial, protocol: Protocol, rule: str, folder: Path) -> dict[str, Any]:
     """What fold_k_results.json holds: figures at three levels, a curve, who was in it, how it was trained.
 
     test_accuracy and the like are of composites, as the original has them; test_patient_... and test_image_... stand beside.
@@ -45,6 +45,7 @@ def fold_results(fold: FoldVerdict, trial: Trial, protocol: Protocol, folder: Pa
         "test_patient_recognition_rate": float(cases_of([fold], "image", protocol).scores().mean()),
         "optimal_threshold": fold.thresholds.patient,
         "thresholds": dataclasses.asdict(fold.thresholds),
+        "threshold_rule": rule,
         "confusion_matrix": [[counts.true_negative, counts.false_positive], [counts.false_negative, counts.true_positive]],
         "inference_time": fold.seconds_per_patient,
         "roc_data": {"fpr": false_rate.tolist(), "tpr": true_rate.tolist(),
@@ -80,10 +81,15 @@ def importances(fold: FoldVerdict) -> dict[str, Any]:
 def write_results(
     verdict: Verdict, trials: list[Trial], config: Config, folder: Path, output: Path
 ) -> list[dict[str, Any]]:
-    """Every file of results/ of a run's folder, below output; returns what fold_k_results.json hold."""
+    """Every file of results/ of a run's folder, below output; returns what fold_k_results.json hold.
+
+    What an earlier evaluation left is deleted: all that lies there afterwards is of one.
+    """
     results = output / "results"
+    clear_evaluation(output)
     of = {trial.number: trial for trial in trials}
-    found = [fold_results(fold, of[fold.member.fold], config.split.protocol, folder) for fold in verdict.folds]
+    protocol, rule = config.split.protocol, str(verdict.figures["threshold_rule"])
+    found = [fold_results(fold, of[fold.member.fold], protocol, rule, folder) for fold in verdict.folds]
     for one in found:
         write_text(results / f"fold_{one['fold']}_results.json", json.dumps(clean(one), indent=1) + "\n")
     rows = [
@@ -100,8 +106,30 @@ def write_results(
     }
     write_text(results / "cross_validation_results.json", json.dumps(clean(over_folds), indent=1) + "\n")
     write_text(results / "metrics.json", json.dumps(clean(verdict.figures), indent=2) + "\n")
-    write_text(results / "predictions.csv", as_csv(prediction_rows(verdict.folds, config.split.protocol)))
+    write_text(results / "predictions.csv", as_csv(prediction_rows(verdict.folds, protocol)))
+    write_text(results / "patients.csv", as_csv(patient_rows(verdict)))
     return found
+
+
+def clear_evaluation(output: Path) -> None:
+    """Delete what eval.py wrote; the figures of training (*_metrics.csv) stay."""
+    for folder in ("results", "plots", "gradcam"):
+        for path in (output / folder).glob("*"):
+            if path.is_file() and not path.name.endswith("_metrics.csv"):
+                path.unlink()
+    (output / "report.html").unlink(missing_ok=True)
+
+
+def patient_rows(verdict: Verdict) -> list[dict[str, Any]]:
+    """One row per patient: the mean over composites, the threshold, what is called, and the official score of photographs."""
+    patients, scores = verdict.cases["patient"], verdict.cases["image"].scores()
+    return [
+        {"patient": name, "accession": accession, "label": int(label), "probability": float(p), "threshold": float(limit),
+         "called": CLASSES["BM"[int(p >= limit)]], "patient_score": float(score)}
+        for name, accession, label, p, limit, score in zip(
+            patients.patient, patients.accession, patients.label, patients.probability, patients.threshold, scores, strict=True
+        )
+    ]  # fmt: skip
 
 
 def mean_and_deviation(values: list[float]) -> tuple[float, float]:
@@ -121,12 +149,14 @@ def clean(figures: Any) -> Any:
 
 
 def prediction_rows(folds: list[FoldVerdict], protocol: Protocol) -> list[dict[str, Any]]:
-    """One row per test composite; the threshold is the one for its patient's mean."""
+    """One row per test composite, with the threshold for composites."""
     return [
         {"fold": fold.member.fold, "patient": patient_of(c.slide.name, c.slide.accession, fold.member.fold, protocol),
          "accession": c.slide.accession, "slide": c.slide.name, "label": c.slide.label,
-         "probability": float(said), "threshold": fold.thresholds.patient,
-         **{f"{m}X": path.name if path is not None else "" for m, path in zip(MAGNIFICATIONS, c.paths, strict=True)}}
+         "probability": float(said), "threshold": fold.thresholds.composite,
+         **{f"{m}X": " ".join(path.name for path, own in zip(c.paths, c.magnification, strict=True)
+                              if own == slot and path is not None)
+            for slot, m in enumerate(MAGNIFICATIONS)}}
         for fold in folds
         for c, said in zip(fold.predictions.composites, probability(fold.predictions.logits), strict=True)
     ]  # fmt: skip
@@ -148,8 +178,11 @@ def fold_thresholds(run: Path) -> dict[int, float]:
         with parsing(path, "eval.py writes it anew"):
             one = json.loads(read_text(path))
             found[int(one["fold"])] = float(one["optimal_threshold"])
+            if not 0 <= found[int(one["fold"])] <= 1:
+                raise ValueError(f"a threshold of {one['optimal_threshold']}")
     if not found:
         raise config_error(
-            f"--run: no results/fold_k_results.json in {run}; eval.py chooses the thresholds and writes them"
+            f"--run: no results/fold_k_results.json in {run}; eval.py --run {run} chooses the thresholds (of all folds: those "
+            "of eval.py --fold are not used)"
         )
     return found

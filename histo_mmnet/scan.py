@@ -82,12 +82,19 @@ EXAMPLE = "benign/SOB/tubular_adenoma/SOB_B_TA_14-4659/40X/SOB_B_TA-14-4659-40-0
 
 def walk(folder: Path) -> Iterator[Path]:
     """Every PNG below a folder; whatever is hidden is left out."""
+    return (path for path in files_below(folder) if path.suffix.lower() == ".png")
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Every file below a folder, sorted; whatever is hidden is left out. A data error where a link leads back up."""
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue
         if path.is_dir():
-            yield from walk(path)
-        elif path.suffix.lower() == ".png":
+            if path.is_symlink() and folder.resolve().is_relative_to(path.resolve()):
+                raise data_error(f"{path}: this link leads back to a folder that it lies in; remove it")
+            yield from files_below(path)
+        else:
             yield path
 
 

@@ -13,8 +13,8 @@ from PIL import Image as Pictures
 from common.errors import config_error, data_error
 from histo_mmnet.colours import read_picture
 from histo_mmnet.config import Config
-from histo_mmnet.names import MAGNIFICATIONS, Magnification
-from histo_mmnet.scan import Image, walk
+from histo_mmnet.names import MAGNIFICATIONS, Magnification, image_name
+from histo_mmnet.scan import Image, files_below
 from histo_mmnet.stain import macenko, reinhard
 
 Bytes = npt.NDArray[np.uint8]
@@ -70,25 +70,35 @@ def own_places(slide: Slide, nesting: Nesting) -> Nesting:
     return {path: nesting[path] for path in sorted(paths) if path in nesting and nesting[path].parent in paths}
 
 
-def new_slides(folder: Path) -> list[Slide]:
-    """The slides of PATIENT/SLIDE/40X/*.png (or SLIDE/40X/*.png, each a patient) whose diagnosis is not known, sorted by name.
+def new_slides(folder: Path) -> tuple[list[Slide], list[str]]:
+    """The slides of PATIENT/SLIDE/40X/*.png whose diagnosis is not known, sorted by name; and the files that are none of them.
 
-    Labels are 0 and mean nothing. Raises a data error where no PNG lies in a folder that is called after a magnification.
+    Labels are 0 and mean nothing. Raises a data error where no PNG lies like that.
     """
     if not folder.is_dir():
         raise config_error(f"--input: {folder}: no such folder")
     grouped: dict[Path, dict[Magnification, list[Path]]] = defaultdict(lambda: defaultdict(list))
     of = {f"{m}X": m for m in MAGNIFICATIONS}
-    for path in walk(folder):
+    ignored = []
+    for path in files_below(folder):
         inside = path.relative_to(folder).parts
-        if len(inside) >= 3 and inside[-2].upper() in of:
+        if image_name(path.name) is not None:
+            raise data_error(
+                f"--input: {path}: is named as BreakHis' files are; give the folder above benign/ and malignant/, so that the "
+                "accession is known"
+            )
+        if len(inside) == 4 and inside[-2].upper() in of and path.suffix.lower() == ".png":
             grouped[path.parents[1].relative_to(folder)][of[inside[-2].upper()]].append(path)
+        else:
+            ignored.append(str(path.relative_to(folder)))
     if not grouped:
-        raise data_error(f"--input: {folder}: no PNG in it lies as PATIENT/SLIDE/40X/*.png (or 100X, 200X, 400X)")
-    return [
+        seen = f"; it holds {', '.join(ignored[:3])} and so on" if ignored else ""
+        raise data_error(f"--input: {folder}: no PNG in it lies as PATIENT/SLIDE/40X/*.png (or 100X, 200X, 400X){seen}")
+    slides = [
         Slide(str(place), place.parts[0], 0, {m: tuple(own[m]) for m in MAGNIFICATIONS if m in own}, {})
         for place, own in sorted(grouped.items())
     ]
+    return slides, ignored
 
 
 @dataclasses.dataclass

@@ -149,7 +149,7 @@ def read_split(path: Path) -> list[Trial]:
     for row in reader:
         name = image_name(Path(row["file"] or "").name)
         role = next((known for known in ROLES if known == row["role"]), None)
-        if name is None or role is None or not (row["trial"] or "").isdigit():
+        if name is None or role is None or not (row["trial"] or "").isdecimal():
             raise data_error(
                 f"{path}:{reader.line_num}: expected a trial's number, train, val or test, and a file's name, "
                 f"got {row['trial']}, {row['role']}, {row['file']}"

@@ -32,7 +32,7 @@ from common.memory import keep_freed_memory
 from common.parallel import all_ranks_do, first_rank_does, process_group
 from histo_mmnet.config import PRESETS, Config
 from histo_mmnet.folds import announce, chosen_trials, train_members
-from histo_mmnet.members import Member, baselines_of, mmnet_of
+from histo_mmnet.members import Member, baselines_of, build_network, mmnet_of
 from histo_mmnet.places import (
     Collection,
     collect,
@@ -75,6 +75,9 @@ def train_script(description: str, choose: Choose, arguments: list[str]) -> int:
         collection = all_ranks_do(lambda: collect(config))
         trials = all_ranks_do(lambda: chosen_trials(collection, flags.fold))
         members = choose(trials, config)
+        kinds = {member.magnifications: member for member in members}
+        # a backbone that is not known, or other weights, must not begin a run
+        all_ranks_do(lambda: [build_network(member, config.model) for member in kinds.values()])
         # only now: a wrong path or fold must not cost the finished run, nor one fold anew the others
         if flags.fresh and set(members_of(collection.trials, config)) <= set(members):
             first_rank_does(lambda: clear_run(folder))
@@ -103,6 +106,8 @@ def delete_members(members: list[Member], folder: Path) -> None:
 
 def begin_run(config: Config, folder: Path, collection: Collection) -> None:
     """The run's folder with its config, who is tested when, and what lies inside what: made by one process, read by all."""
+    if (folder / "split.csv").exists():
+        with_recorded_split(collection, folder)  # what is refused changes nothing
     open_run(folder, config, training_identity(config), [sys.executable, *sys.argv])
     with_nesting(with_recorded_split(collection, folder), config, folder)
 

@@ -35,7 +35,7 @@ from common.files import parsing
 from common.interrupt import StopRequest, ignore_interrupts, stop_on_signal
 from common.loading import lost_readers_told, next_batch
 from common.logbook import Scalars, progress, write_metrics
-from common.parallel import all_ranks_do, check_same_step
+from common.parallel import all_ranks_do, check_same_step, gather_objects
 from common.schedule import num_plateaus, num_since_best
 from common.step import RunningStatistics, agree_on_step, guarded_update
 from common.streams import micro_batches, seed_dropout
@@ -264,6 +264,9 @@ def train(material: Material, config: Config, folder: Path, device: torch.device
     per_epoch = steps_per_epoch(config, material.train)
     last = config.train.epochs * per_epoch
     if state.step == last or ends_early(state.records, config):
+        if first:
+            print(f"{material.member.name} of fold {material.member.fold} is complete", flush=True)
+            write_metrics(files.metrics, state.records)  # whatever became of it
         return state.records
     if first and state.step:
         print(
@@ -324,7 +327,7 @@ def run_steps(
                 save(state, config, material, files)
         elif stop_asked and scalars is not None:
             save(state, config, material, files)
-        if stop_asked and not at_end:
+        if stop_asked or (at_end and any(gather_objects(stop.asked))):  # others would follow this member
             raise KeyboardInterrupt
     bar.close()
     if scalars is not None:

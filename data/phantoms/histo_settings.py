@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Iterator
 
+from common.config import LARGEST_INT, outside
+
 Range = tuple[float, float]  # lowest and highest value of a uniform draw
 Spread = tuple[float, float]  # mean and standard deviation of a normal draw
 
@@ -43,6 +45,7 @@ class HistoPhantom:
 
     def problems(self) -> Iterator[str]:
         """One line per impossible value."""
+        yield from outside(self, {"seed": (0, LARGEST_INT)})
         if min(self.benign_accessions, self.malignant_accessions) < 2:
             yield "benign_accessions, malignant_accessions: expected at least 2 of each, to train on one and test the other"
         if not 1 <= self.sites[0] <= self.sites[1] <= 200:

@@ -149,7 +149,7 @@ def test_run_begins_with_that_runs_config(tmp_path: Path) -> None:
         for arguments in ([], ["--run", str(tmp_path)], ["--run", str(tmp_path), "beads.count=6"])
     ]
     assert counts == [3, 55, 6]
-    with pytest.raises(UserError, match="config.yaml: No such file"):
+    with pytest.raises(UserError, match="no run.s folder"):
         parse_config(parser, TINY, ["--run", str(tmp_path / "absent")])
 
 

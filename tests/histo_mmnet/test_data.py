@@ -14,6 +14,7 @@ from data.phantoms.histo import accessions, simulate_accession, write_phantom
 from data.phantoms.histo_scene import RATIO
 from data.phantoms.histo_settings import HistoPhantom
 from histo_mmnet.augmentation import augmented, blurred, draw, prepared, turned
+from histo_mmnet.colours import read_picture
 from histo_mmnet.composites import all_composites, bag_of
 from histo_mmnet.config import PHANTOM, Augment
 from histo_mmnet.dataset import Batch, CompositeStream, stack
@@ -194,6 +195,18 @@ def test_bags_in_training_are_of_one_patient_and_stack(slides: list[Slide], albu
     small = stack([CompositeStream(slides, MAGNIFICATIONS, album, 0.2, size, 7)[3] for size in (2, 5)])
     assert isinstance(small, Batch) and small.images.shape[:2] == small.present.shape == (2, 5)
     assert small.present[0].tolist() == [True, True, False, False, False] and (small.images[0, 2:] == 0).all()
+
+
+def test_sixteen_bits_are_scaled_and_what_shines_through_is_white(tmp_path: Path) -> None:
+    """Pillow's own conversion makes nearly all of 16 bits white, and shows hidden colours."""
+    ramp = np.arange(0, 65536, 32, dtype=np.uint16).reshape(32, 64)
+    Pictures.fromarray(ramp).save(tmp_path / "deep.png")
+    np.testing.assert_allclose(read_picture(tmp_path / "deep.png")[..., 1], ramp / 257, atol=0.51)
+    clear = np.zeros((4, 6, 4), np.uint8)
+    clear[:2, :, 3] = 255
+    Pictures.fromarray(clear).save(tmp_path / "clear.png")
+    found = read_picture(tmp_path / "clear.png")
+    assert (found[:2] == 0).all() and (found[2:] == 255).all()
 
 
 def test_images_are_brought_to_one_size(tmp_path: Path) -> None:

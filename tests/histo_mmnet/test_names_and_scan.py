@@ -5,8 +5,11 @@ from pathlib import Path
 import pytest
 from PIL import Image as Pictures
 
+from common.config import configure
 from common.errors import BAD_DATA, WRONG_CALL, UserError
+from histo_mmnet.config import PHANTOM
 from histo_mmnet.names import CLASSES, MAGNIFICATIONS, SUBTYPES, SUBTYPES_OF, image_name
+from histo_mmnet.places import collect
 from histo_mmnet.scan import counts_of, differences, find_breast, published_counts, scan, without_doubled
 
 FILES = (
@@ -174,3 +177,24 @@ def test_real_images(real_data: Path) -> None:
             own[at] <= published[slide][at] for slide, own in counts.items() for at in range(len(MAGNIFICATIONS))
         )
         assert "BreakHis as published has 82 and 7,909" in differences(counts, published)[0]
+
+
+def test_links_that_lead_back_are_told(tmp_path: Path) -> None:
+    """Two of them in one folder would be followed for ever."""
+    inside = tmp_path / "benign" / "SOB"
+    inside.mkdir(parents=True)
+    (inside / "loop").symlink_to("..")
+    with pytest.raises(UserError, match="loop: this link leads back") as caught:
+        scan(tmp_path)
+    assert caught.value.exit_code == BAD_DATA
+
+
+def test_photographs_are_not_taken_for_the_place_of_a_phantom(tmp_path: Path) -> None:
+    """Forgetting --preset breakhis must not end in figures of simulated patients."""
+    (tmp_path / "BreaKHis_v1" / "histology_slides" / "breast" / "benign").mkdir(parents=True)
+    config = configure(PHANTOM, [], [f"data.root={tmp_path / 'BreaKHis_v1'}"])
+    with pytest.raises(UserError, match="give --preset breakhis") as caught:
+        collect(config)
+    assert caught.value.exit_code == WRONG_CALL and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(UserError, match="data.root: expected a folder to simulate into"):
+        configure(PHANTOM, [], ["data.root=null"])

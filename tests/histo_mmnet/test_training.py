@@ -4,8 +4,10 @@ import copy
 import csv
 import dataclasses
 import json
+import os
 import random
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +140,58 @@ def test_train_py_and_eval_py_from_end_to_end(
     check_other_images(config, folder, tmp_path, capsys)
 
 
+def test_bags_of_patients_from_end_to_end(small: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["model.architecture=compact", "model.bag=3", "train.epochs=1", "loss.mixup_alpha=0.4"]
+    config = in_folder(changed(small, *words), tmp_path, "bags")
+    words = script(config, tmp_path, 0, [])[2:]
+    code, out, problems = said(main, words, capsys)
+    assert code == 0 and not problems, problems
+    code, out, problems = said(eval_main, [*words, "--all"], capsys)
+    assert code == 0 and not problems, problems
+    results = tmp_path / "bags" / "results"
+    figures = json.loads((results / "metrics.json").read_text())
+    assert figures["n_composites"] == figures["n_patients"] == 7
+    rows = list(csv.DictReader((results / "predictions.csv").read_text().splitlines()))
+    shown = sum(len(row[f"{m}X"].split()) for row in rows for m in (40, 100, 200, 400))
+    assert shown == figures["n_images"] == len(collect(config).images)
+
+
+def test_an_interrupt_at_a_members_end_ends_the_run(
+    small: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others are not trained; the same command goes on with them."""
+    config = in_folder(changed(small, "train.epochs=1"), tmp_path, "stopped")
+
+    def validate_and_stop(*arguments: object) -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGINT)
+        return validate(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("histo_mmnet.trainer.validate", validate_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        main(script(config, tmp_path, 0, [])[2:])
+    models = tmp_path / "stopped" / "models"
+    assert sorted(path.name for path in models.iterdir()) == ["best_model_fold_0.pth", "last_fold_0.pth"]
+    monkeypatch.undo()
+    (tmp_path / "stopped" / "results" / "fold_0_metrics.csv").unlink()
+    code, out, problems = said(main, script(config, tmp_path, 0, [])[2:], capsys)
+    assert code == 0 and "mmnet of fold 0 is complete" in out and len(list(models.iterdir())) == 6, problems
+    assert (tmp_path / "stopped" / "results" / "fold_0_metrics.csv").exists()
+
+
+def test_what_is_refused_changes_nothing(small: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = in_folder(changed(small, "train.epochs=1"), tmp_path, "kept")
+    words = script(config, tmp_path, 0, ["--fold", "0"])[2:]
+    for wrong in ("model.backbone=nosuch", f"model.pretrained={tmp_path / 'none.pth'}"):
+        code, _, problems = said(main, [*words, wrong], capsys)
+        assert code in (WRONG_CALL, BAD_DATA) and not (tmp_path / "kept").exists(), problems
+    code, _, problems = said(main, words, capsys)
+    assert code == 0, problems
+    before = (tmp_path / "kept" / "config.yaml").read_bytes()
+    other = write_phantom(dataclasses.replace(SMALL, malignant_accessions=5), tmp_path / "other", 1)
+    code, _, problems = said(main, [*words, f"data.root={other}"], capsys)
+    assert code == BAD_DATA and (tmp_path / "kept" / "config.yaml").read_bytes() == before
+
+
 def official_lists(breast: Path, folder: Path) -> None:
     """Two trials as BreakHis publishes its five; each tests another third of the accessions."""
     images = scan(breast)
@@ -195,10 +249,15 @@ def check_new_slides(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     code, out, problems = said(predict_main, words, capsys)
     assert code == 0 and "2 patients" in out, problems
     rows = list(csv.DictReader(output.read_text().splitlines()))
-    assert [row["accession"] for row in rows] == ["patient 0", "patient 1"] and rows[0]["networks"] == "3"
+    assert [row["patient"] for row in rows] == ["patient 0", "patient 1"] and rows[0]["networks"] == "3"
     assert len(list(drawn.glob("*.png"))) == 2
-    code, out, problems = said(predict_main, [*words[:3], str(tmp_path / "drawn"), *words[4:]], capsys)
-    assert code == BAD_DATA and "PATIENT/SLIDE/40X" in problems[0]
+    for wrong, told in (
+        (tmp_path / "drawn", "no PNG in it lies as PATIENT/SLIDE/40X"),
+        (tmp_path / "new" / "patient 0", "no PNG in it lies as PATIENT/SLIDE/40X"),  # its slides are no patients
+        (config.data.root / "benign", "the folder above benign/ and malignant/"),  # nor is a class
+    ):
+        code, out, problems = said(predict_main, [*words[:3], str(wrong), *words[4:]], capsys)
+        assert code == BAD_DATA and told in problems[0], problems
 
 
 def check_fold_by_itself(config: Config, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -226,9 +285,14 @@ def check_other_images(config: Config, folder: Path, tmp_path: Path, capsys: pyt
     shutil.copy(image.path, added)
     for command in (main, eval_main):
         code, out, problems = said(command, words, capsys)
-        assert code == BAD_DATA and f"{added.name} is new" in problems[0], problems
+        assert code == BAD_DATA and f"{added.name} of fold 0 is new" in problems[0], problems
     assert (folder / "split.csv").read_bytes() == split
     added.unlink()
+    (folder / "split.csv").write_bytes(b"".join(line for line in split.splitlines(True) if not line.startswith(b"2,")))
+    for command in (main, eval_main):
+        code, out, problems = said(command, words, capsys)
+        assert code == BAD_DATA and "of fold 2 is new" in problems[0], problems
+    (folder / "split.csv").write_bytes(split)
     with image.path.open("ab") as file:
         file.write(b" ")
     code, out, problems = said(eval_main, words, capsys)
@@ -244,7 +308,7 @@ def check_predictions(config: Config, folder: Path, output: Path, capsys: pytest
     assert code == 0 and "7 patients" in out, problems
     rows = list(csv.DictReader(output.read_text().splitlines()))
     judged = patients_of(folder)
-    assert [row["accession"] for row in rows] == list(judged.patient)
+    assert [row["patient"] for row in rows] == list(judged.patient)
     assert {row["networks"] for row in rows} == {"1"}
     np.testing.assert_allclose([float(row["probability"]) for row in rows], judged.probability, atol=1e-4)
     np.testing.assert_allclose([float(row["threshold"]) for row in rows], judged.threshold, atol=1e-5)
@@ -263,7 +327,7 @@ def test_wrong_calls_are_one_line(small: Config, tmp_path: Path, capsys: pytest.
         found, _, problems = said(main, [*words, *more], capsys)
         assert found == code and any(told in problem for problem in problems), (more, problems)
     found, _, problems = said(eval_main, words, capsys)
-    assert found == WRONG_CALL and "train.py with the same words and --fold 0 trains them" in problems[0]
+    assert found == WRONG_CALL and "no split.csv); train.py with the same words makes it" in problems[0]
 
 
 def test_an_unreadable_image_ends_training_in_one_line(
