@@ -190,7 +190,7 @@ PHANTOM = Config(
     augment=Augment(rotation_degrees=0.0, brightness=0.1, contrast=0.1, blur=0.0, stain=0.1),
     loss=Loss(focal_gamma=0.0, label_smoothing=0.0, mixup_alpha=0.0, view_weight=1.0),
     train=Train(
-        epochs=3, epoch_multiplier=2.0, batch_size=8, micro_batch_cuda=8, micro_batch_mps=8, micro_batch_cpu=8,
+        epochs=6, epoch_multiplier=2.0, batch_size=8, micro_batch_cuda=8, micro_batch_mps=8, micro_batch_cpu=8,
         learning_rate=5e-4, ema_decay=0.98, precision="bfloat16",
     ),
     evaluation=Evaluation(flips=True),

@@ -11,6 +11,7 @@ Macenko et al. 2009 (doi 10.1109/ISBI.2009.5193250); Reinhard et al. 2001 (doi 1
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -245,17 +246,47 @@ def reinhard(images: Tensor) -> Tensor:
     offsets = (images.new_tensor(REINHARD_MEAN).float() - scale * colour.mean) @ axes  # (B, 3)
     to_cones = torch.tensor(TO_CONES, dtype=torch.float64, device=images.device)
     back = torch.linalg.inv(to_cones).to(dtype)
+    if not (torch.is_grad_enabled() and images.requires_grad):
+        return moved_in_place(images, colour, matrices.to(dtype), offsets.to(dtype), back)
     results = []
     for number, is_found in enumerate(colour.is_found.tolist()):
-        image = images[number]
-        if not is_found:
-            results.append(image)
-            continue
-        pixels = image.flatten(1)  # (3, y x)
+        pixels = images[number].flatten(1)  # (3, y x)
         light = (to_cones.to(dtype) @ pixels).clamp(min=DARKEST).log()
         moved = torch.addmm(offsets[number, :, None].to(dtype), matrices[number].to(dtype), light).exp()
         mapped = (back @ moved).clamp(0, 1)
         with torch.no_grad():
             share = tissue_share((pixels / colour.white[number, :, None].to(dtype)).T)
-        results.append(torch.lerp(pixels, mapped, share).view_as(image))
+        results.append(torch.lerp(pixels, mapped, share).view_as(images[number]) if is_found else images[number])
     return torch.stack(results)
+
+
+def moved_in_place(images: Tensor, colour: Colour, matrices: Tensor, offsets: Tensor, back: Tensor) -> Tensor:
+    """reinhard without gradients: image by image, channel by channel, in place; what an image needs stays in the caches."""
+    found = torch.empty(images.shape, dtype=images.dtype, device=images.device)
+    light, moved = (images.new_empty(3, images[0, 0].numel()) for _ in range(2))
+    share = torch.empty_like(light[0])
+    for number, (is_found, white) in enumerate(zip(colour.is_found.tolist(), colour.white.tolist(), strict=True)):
+        if not is_found:
+            found[number] = images[number]
+            continue
+        pixels, output = images[number].flatten(1), found[number].view(3, -1)
+        for channel, weights in enumerate(TO_CONES):
+            combined(pixels, weights, 0.0, light[channel])
+        light.clamp_(min=DARKEST).log_()
+        rows = zip(matrices[number].tolist(), offsets[number].tolist(), strict=True)
+        for channel, (weights, offset) in enumerate(rows):
+            combined(light, weights, offset, moved[channel])
+        moved.exp_()
+        combined(pixels, [1 / (3 * brightest) for brightest in white], 0.0, share)
+        share.clamp_(math.exp(-DENSEST), 1).log_().mul_(-2 / TISSUE).sub_(1).clamp_(0, 1)  # tissue_share
+        for channel, weights in enumerate(back.tolist()):
+            mapped = combined(moved, weights, 0.0, light[channel]).clamp_(0, 1)
+            torch.lerp(pixels[channel], mapped, share, out=output[channel])
+    return found
+
+
+def combined(planes: Tensor, weights: Sequence[float], offset: float, output: Tensor) -> Tensor:
+    """offset + sum of weights times three planes (3, n), into output (n,)."""
+    torch.mul(planes[0], weights[0], out=output)
+    output.add_(planes[1], alpha=weights[1]).add_(planes[2], alpha=weights[2])
+    return output.add_(offset) if offset else output

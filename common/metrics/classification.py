@@ -87,9 +87,9 @@ def roc_curve(labels: Ints, scores: Floats) -> tuple[Floats, Floats, Floats]:
 def best_threshold(labels: Ints, scores: Floats, criterion: Criterion) -> float:
     """The threshold on the precision-recall curve with the highest F1, or the highest balanced accuracy.
 
-    It lies midway between two scores; of equally good ones the highest counts. Both follow from a curve's counts of true and
-    false positives; F1 rewards calling everything the more frequent class, balanced accuracy does not. 0.5 where a class that
-    the criterion asks for is missing.
+    It lies midway between two scores; of equally good ones the middle one counts. Both criteria follow from a curve's counts of
+    true and false positives; F1 rewards calling everything the more frequent class, balanced accuracy does not. 0.5 where a
+    class that the criterion asks for is missing.
     """
     positives, negatives = int(labels.sum()), int((labels == 0).sum())
     if positives == 0 or (negatives == 0 and criterion == "balanced_accuracy"):
@@ -99,7 +99,8 @@ def best_threshold(labels: Ints, scores: Floats, criterion: Criterion) -> float:
     true = np.cumsum(labels[order])[last]
     false = last + 1 - true
     value = 2 * true / (last + 1 + positives) if criterion == "f1" else true / positives - false / max(1, negatives)
-    best = int(np.argmax(value))
+    equal = np.flatnonzero(value >= value.max() - 1e-12)
+    best = int(equal[len(equal) // 2])
     above = float(scores[order][last[best]])
     below = float(scores[order][last[best + 1]]) if best + 1 < len(last) else 0.0
     return (above + below) / 2

@@ -40,9 +40,8 @@ def seconds(work: Callable[[], object]) -> float:
 
 @pytest.mark.slow
 @pytest.mark.alone
-@pytest.mark.parametrize(("name", "times"), [("macenko", 10), ("reinhard", 5)])
+@pytest.mark.parametrize(("name", "times"), [("macenko", 10), ("reinhard", 9)])  # Reinhard: 10.4 to 11.2 measured
 def test_many_times_the_images_per_second_of_torchstain(batch: Tensor, name: str, times: int) -> None:
-    """Reinhard's is bounded by a logarithm and an exponential per value, torchstain's by less: it normalises glass as well."""
     torchstain = pytest.importorskip("torchstain")
     keep_freed_memory()  # the reference gains from it too
     assert len(batch) == BATCH
