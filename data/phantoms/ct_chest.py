@@ -95,7 +95,7 @@ def lungs_at(body: Body, z: Floats, y: Floats, x: Floats) -> Floats:
     heart = np.array([0.33 * body.lung_height, -0.25 * body.half_depth, 0.14 * body.half_width])
     size = body.heart * np.array([0.24 * body.lung_height, 0.42 * body.half_depth, 0.34 * body.half_width])
     beat = np.sqrt(((z - heart[0]) / size[0]) ** 2 + ((y - heart[1]) / size[1]) ** 2 + ((x - heart[2]) / size[2]) ** 2)
-    return np.minimum(found, (beat - 1) * size.min())
+    return np.asarray(np.minimum(found, (beat - 1) * size.min()), float)
 
 
 def soft(distance: Floats) -> Floats:
