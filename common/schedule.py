@@ -24,9 +24,9 @@ def better(value: float, than: float, mode: Mode) -> bool:
 
 
 def num_plateaus(values: list[float], patience: int, mode: Mode) -> int:
-    """How often torch's ReduceLROnPlateau (threshold 0) would have lowered the rate: after more than `patience` validations
+    """How often torch's ReduceLROnPlateau (threshold 0) would have lowered the rate.
 
-    without a better figure, the counting starting anew each time.
+    It does after more than `patience` validations without a better figure, the counting starting anew each time.
     """
     waited = plateaus = 0
     for number, value in enumerate(values):

@@ -144,8 +144,7 @@ def number_or_none(value: Any, kind: type[int] | type[float]) -> Any:
 
 def reversed_vector(values: Any, first: int, length: int) -> Vector | None:
     """Three of DICOM's numbers x, y, z from a place on as z, y, x; None where they are missing or of another length."""
-    expected = 3 if first == 0 and length == 3 else 6
-    if values is None or len(values) != expected:
+    if values is None or len(values) != length:
         return None
     x, y, z = (float(value) for value in values[first : first + 3])
     return z, y, x

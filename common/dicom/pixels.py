@@ -3,7 +3,6 @@
 import io
 import struct
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,6 @@ UNCOMPRESSED = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.1
 RLE = "1.2.840.10008.1.2.5"
 JPEG_2000 = ("1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.91")
 JPEG_LOSSLESS = ("1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70")
-LOSSY = {"1.2.840.10008.1.2.4.91"}
 CODESTREAM = b"\xff\x4f\xff\x51"  # start of a JPEG 2000 codestream, then its sizes
 
 
@@ -152,6 +150,3 @@ def jpeg_2000(frame: bytes, shape: tuple[int, int]) -> Values:
         values = np.asarray(picture).astype(np.int32)
     depth = 16 if picture.mode.startswith("I") else 8
     return (values >> (depth - bits)) - ((1 << (bits - 1)) if is_signed else 0)
-
-
-Decoder = Callable[[Header], Values]

@@ -185,11 +185,10 @@ def render(settings: CtPhantom, body: Body, lesions: list[Lesion], view: View, r
     units += (air - units) * lung
     pipe = 8.0 - np.hypot(y + 0.1 * body.half_depth, x)
     units += (AIR - units) * soft(np.minimum(pipe, z - 0.6 * body.lung_height)) * soft(skin - 20)
-    shown = np.maximum(lung, soft(4 - np.abs(inside)) * 0)
     units = units.astype(np.float64)
     stamp_vessels(units, body, view, lung)
     for lesion in lesions:
-        put(units, lesion, view, shown, rng)
+        put(units, lesion, view, lung, rng)
     blurred = scipy.ndimage.gaussian_filter(units, [draw(settings.blur_mm, rng) / s for s in view.spacing])
     noise = scipy.ndimage.gaussian_filter(rng.standard_normal(units.shape), (0.3, 0.7, 0.7))
     blurred += noise * (draw(settings.noise_hu, rng) / noise.std())
